@@ -1,0 +1,18 @@
+//! Fleecing backups of running QEMU virtual machines.
+//!
+//! During a backup, old data that the guest overwrites goes to a temporary local *fleece* image instead of the backup
+//! target, so a slow, full or dead target never stalls the guest. Dependencies between the modules point downwards
+//! only, in this order (a test holds it):
+//!
+//! `cli` → `fleecing`, `mover` → `image`, `nbd`, `guest_agent` → `qmp` → `chain`, `extent`
+
+pub mod chain;
+pub mod cli;
+pub mod extent;
+pub mod fleecing;
+pub mod guest_agent;
+pub mod image;
+pub mod mover;
+pub mod nbd;
+pub mod qmp;
+pub mod reason;

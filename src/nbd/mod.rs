@@ -1,0 +1,1 @@
+//! NBD client: fixed newstyle, structured replies, metadata contexts, credit-limited reads.

@@ -1,0 +1,1 @@
+//! Tests on real parts; `tests/bed/setup` installs them.
