@@ -1,1 +1,12 @@
-//! chain
+//! Planning, without I/O: which volume can be incremental, and what becomes of dirty bitmaps after a run.
+//!
+//! Two bitmap generations exist per disk: the *new* one, started at the point in time, records what the next backup
+//! has to read; the *previous* one says what this backup has to read. A successful backup removes the previous one, a
+//! failed one merges the new one back into it. Both directions over-approximate, never under-approximate: a block
+//! read twice costs time, a block forgotten costs data.
+
+mod bitmap;
+mod plan;
+
+pub use bitmap::{GRANULARITY, BitmapAction, BitmapName, ObservedBitmap, settle};
+pub use plan::{BackupType, FullReason, ParentVolume, VolumePlan, plan_volume};

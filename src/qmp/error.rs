@@ -20,6 +20,20 @@ pub enum ErrorClass {
     Other(String),
 }
 
+impl ErrorClass {
+    /// Reads the word that QEMU sends.
+    pub fn from_wire(word: &str) -> Self {
+        match word {
+            "GenericError" => Self::GenericError,
+            "CommandNotFound" => Self::CommandNotFound,
+            "DeviceNotActive" => Self::DeviceNotActive,
+            "DeviceNotFound" => Self::DeviceNotFound,
+            "KVMMissingCap" => Self::KvmMissingCap,
+            other => Self::Other(other.to_owned()),
+        }
+    }
+}
+
 /// Why a monitor command, or reaching the monitor, failed.
 #[derive(Debug, thiserror::Error)]
 pub enum QmpError {

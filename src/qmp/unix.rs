@@ -1,0 +1,278 @@
+//! The monitor behind a Unix socket (`-qmp unix:…`).
+
+use super::{ErrorClass, Monitor, QmpError, codec::LineDecoder};
+use futures::{FutureExt, future::BoxFuture};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use serde_json::{Value, json};
+use std::{
+    collections::HashMap,
+    io::{self, IoSlice},
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+use tokio::{
+    io::Interest,
+    net::UnixStream,
+    sync::{broadcast, oneshot},
+    task::JoinHandle,
+    time::timeout,
+};
+
+/// Events that wait for a slow listener; more are dropped (a drain flips job states by the hundred).
+const EVENT_QUEUE: usize = 256;
+
+/// Time limits of a connection.
+#[derive(Debug, Clone, Copy)]
+pub struct TimeLimits {
+    /// For the greeting. A monitor that somebody else holds accepts the connection and stays silent.
+    pub greeting: Duration,
+    /// For the answer to one command.
+    pub command: Duration,
+}
+
+impl Default for TimeLimits {
+    fn default() -> Self {
+        Self { greeting: Duration::from_secs(5), command: Duration::from_secs(60) }
+    }
+}
+
+type Answer = Result<Value, Refusal>;
+
+/// QEMU's `error` member.
+#[derive(Debug)]
+struct Refusal {
+    class: ErrorClass,
+    description: String,
+}
+
+/// A connected QMP socket. One client at a time: QEMU serves the next when this one is dropped.
+#[derive(Debug)]
+pub struct UnixMonitor {
+    path: String,
+    stream: Arc<UnixStream>,
+    shared: Arc<Shared>,
+    limits: TimeLimits,
+    sending: tokio::sync::Mutex<()>,
+    next_id: AtomicU64,
+    reader: JoinHandle<()>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    /// Who waits for which id; `None` once the connection has ended, with the reason beside it.
+    waiting: Mutex<Option<HashMap<u64, oneshot::Sender<Answer>>>>,
+    protocol_error: Mutex<Option<String>>,
+    events: broadcast::Sender<Value>,
+}
+
+impl UnixMonitor {
+    /// Connects, reads the greeting and negotiates.
+    pub async fn connect(path: &Path, limits: TimeLimits) -> Result<Self, QmpError> {
+        let shown = path.display().to_string();
+        let stream = UnixStream::connect(path)
+            .await
+            .map_err(|source| QmpError::Connect { path: shown.clone(), source })?;
+        let mut decoder = LineDecoder::default();
+        let greeting = match timeout(limits.greeting, read_message(&stream, &mut decoder)).await {
+            Err(_) => return Err(QmpError::Occupied { path: shown }),
+            Ok(Err(error)) => return Err(error.into_qmp(&shown)),
+            Ok(Ok(greeting)) => greeting,
+        };
+        if greeting.get("QMP").is_none() {
+            return Err(QmpError::Protocol { peer: shown, detail: "no QMP greeting".into() });
+        }
+        let stream = Arc::new(stream);
+        let shared = Arc::new(Shared {
+            waiting: Mutex::new(Some(HashMap::new())),
+            protocol_error: Mutex::new(None),
+            events: broadcast::channel(EVENT_QUEUE).0,
+        });
+        let reader = tokio::spawn(read_all(Arc::clone(&stream), Arc::clone(&shared), decoder));
+        let monitor = Self {
+            path: shown,
+            stream,
+            shared,
+            limits,
+            sending: tokio::sync::Mutex::new(()),
+            next_id: AtomicU64::new(1),
+            reader,
+        };
+        monitor.call(json!({"execute": "qmp_capabilities"}), Vec::new()).await?;
+        Ok(monitor)
+    }
+
+    /// QEMU's events from now on. A listener that lags loses the oldest.
+    pub fn events(&self) -> broadcast::Receiver<Value> {
+        self.shared.events.subscribe()
+    }
+
+    /// A duplicate of the connection's descriptor, for a guardian that continues the guest when this process dies:
+    /// QEMU serves one client per monitor, so the guardian has to speak on the same connection.
+    pub fn duplicate_fd(&self) -> io::Result<OwnedFd> {
+        self.stream.as_fd().try_clone_to_owned()
+    }
+
+    async fn send_and_wait(&self, mut command: Value, fds: Vec<OwnedFd>) -> Result<Value, QmpError> {
+        let name = command["execute"].as_str().unwrap_or_default().to_owned();
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        command["id"] = id.into();
+        let mut line = command.to_string().into_bytes();
+        line.push(b'\n');
+        let (sender, receiver) = oneshot::channel();
+        match lock(&self.shared.waiting).as_mut() {
+            Some(waiting) => waiting.insert(id, sender),
+            None => return Err(self.ended()),
+        };
+        let sent = async {
+            let _guard = self.sending.lock().await;
+            send(&self.stream, &line, &fds).await
+        };
+        let exchange = async {
+            sent.await.map_err(|source| QmpError::Io { peer: self.path.clone(), source })?;
+            receiver.await.map_err(|_| self.ended())
+        };
+        let answer = timeout(self.limits.command, exchange).await;
+        if let Some(waiting) = lock(&self.shared.waiting).as_mut() {
+            waiting.remove(&id);
+        }
+        match answer {
+            Err(_) => Err(QmpError::Timeout { command: name, limit: self.limits.command }),
+            Ok(Err(error)) => Err(error),
+            Ok(Ok(Err(refusal))) => {
+                Err(QmpError::Refused { command: name, class: refusal.class, description: refusal.description })
+            }
+            Ok(Ok(Ok(value))) => Ok(value),
+        }
+    }
+
+    fn ended(&self) -> QmpError {
+        match lock(&self.shared.protocol_error).clone() {
+            Some(detail) => QmpError::Protocol { peer: self.path.clone(), detail },
+            None => QmpError::Closed { peer: self.path.clone() },
+        }
+    }
+}
+
+impl Monitor for UnixMonitor {
+    fn call(&self, command: Value, fds: Vec<OwnedFd>) -> BoxFuture<'_, Result<Value, QmpError>> {
+        self.send_and_wait(command, fds).boxed()
+    }
+
+    fn peer(&self) -> String {
+        self.path.clone()
+    }
+}
+
+impl Drop for UnixMonitor {
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
+}
+
+/// Sends the whole line, the descriptors with its first byte. In one `sendmsg` as a rule, so that a guardian with a
+/// duplicate of the socket cannot cut a line in two.
+async fn send(stream: &UnixStream, line: &[u8], fds: &[OwnedFd]) -> io::Result<()> {
+    let mut sent = 0;
+    while sent < line.len() {
+        stream.writable().await?;
+        let result = stream.try_io(Interest::WRITABLE, || {
+            let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+            let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            if sent == 0 && !borrowed.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&borrowed)) {
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, "more than 8 descriptors"));
+            }
+            rustix::net::sendmsg(stream, &[IoSlice::new(&line[sent..])], &mut control, SendFlags::NOSIGNAL)
+                .map_err(Into::into)
+        });
+        match result {
+            Ok(count) => sent += count,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+enum ReadError {
+    Closed,
+    Io(io::Error),
+    Protocol(String),
+}
+
+impl ReadError {
+    fn into_qmp(self, peer: &str) -> QmpError {
+        let peer = peer.to_owned();
+        match self {
+            Self::Closed => QmpError::Closed { peer },
+            Self::Io(source) => QmpError::Io { peer, source },
+            Self::Protocol(detail) => QmpError::Protocol { peer, detail },
+        }
+    }
+}
+
+async fn read_message(stream: &UnixStream, decoder: &mut LineDecoder) -> Result<Value, ReadError> {
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        if let Some(message) = decoder.next_message().map_err(|error| ReadError::Protocol(error.to_string()))? {
+            return Ok(message);
+        }
+        stream.readable().await.map_err(ReadError::Io)?;
+        match stream.try_read(&mut buffer) {
+            Ok(0) => return Err(ReadError::Closed),
+            Ok(count) => decoder.push(&buffer[..count]),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(ReadError::Io(error)),
+        }
+    }
+}
+
+async fn read_all(stream: Arc<UnixStream>, shared: Arc<Shared>, mut decoder: LineDecoder) {
+    loop {
+        match read_message(&stream, &mut decoder).await {
+            Ok(message) if message.get("event").is_some() => {
+                // No listener is no error.
+                let _ = shared.events.send(message);
+            }
+            Ok(message) => deliver(&shared, message),
+            Err(error) => {
+                if let ReadError::Protocol(detail) = error {
+                    *lock(&shared.protocol_error) = Some(detail);
+                }
+                // Dropping the senders wakes everybody who waits.
+                lock(&shared.waiting).take();
+                return;
+            }
+        }
+    }
+}
+
+fn deliver(shared: &Shared, mut message: Value) {
+    let sender = message.get("id").and_then(Value::as_u64).and_then(|id| lock(&shared.waiting).as_mut()?.remove(&id));
+    let Some(sender) = sender else {
+        // The answer to a command that timed out, or to a guardian's.
+        tracing::debug!("monitor answered nobody's command");
+        return;
+    };
+    let answer = match message.get_mut("error") {
+        Some(error) => Err(refusal(error)),
+        None => Ok(message.get_mut("return").map(Value::take).unwrap_or_default()),
+    };
+    let _ = sender.send(answer);
+}
+
+fn refusal(error: &Value) -> Refusal {
+    let text = |key: &str| error.get(key).and_then(Value::as_str).unwrap_or("(no text)").chars().take(2000).collect();
+    let class: String = text("class");
+    Refusal { class: ErrorClass::from_wire(&class), description: text("desc") }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // The data is plain: a panic elsewhere leaves it usable.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
