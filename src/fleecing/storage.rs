@@ -154,7 +154,7 @@ pub fn budget(disk_sizes: &[u64], available: u64, limit: Option<u64>) -> Option<
 }
 
 /// The most that the fleece of a disk of this size can take, in bytes.
-pub fn worst_case(disk_size: u64) -> u64 {
+pub(super) fn worst_case(disk_size: u64) -> u64 {
     disk_size.saturating_add(disk_size / METADATA_SHARE).saturating_add(2 << 20)
 }
 

@@ -1,0 +1,170 @@
+//! A second process that releases the guest if this one dies while the guest is frozen or stopped.
+//!
+//! It is started before the freeze and holds duplicates of the connections to the monitor and the guest agent, since
+//! both serve one client at a time. It learns by one byte what has begun or ended, and acts when its pipe closes (the
+//! session was killed) or when the time is up (the session hangs): it thaws, and lets the CPUs run.
+
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, SocketFlags, SocketType,
+};
+use std::{
+    io::{self, IoSlice, IoSliceMut, Read, Write},
+    mem::MaybeUninit,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+/// After this time frozen or stopped, the guest is released whatever the session does.
+const LIMIT: Duration = Duration::from_secs(30);
+/// The hidden subcommand.
+pub const SUBCOMMAND: &str = "guardian";
+/// Sent on the agent's connection. 0xff: the agent's parser forgets a command that was cut off.
+const THAW: &[u8] = b"\xff{\"execute\":\"guest-fsfreeze-thaw\"}\n";
+/// Sent on the monitor's connection. The line end ends a command that was cut off.
+const CONT: &[u8] = b"\n{\"execute\":\"cont\",\"id\":\"guardian\"}\n";
+
+/// The guardian of one session. Dropping it ends it; it acts then if anything is still watched.
+#[derive(Debug)]
+pub struct Guardian {
+    process: Option<(Child, UnixStream)>,
+}
+
+impl Guardian {
+    /// Starts it, with duplicates of the connections to what it has to release.
+    pub fn start(monitor: Option<OwnedFd>, agent: Option<OwnedFd>) -> io::Result<Self> {
+        let (ours, theirs) =
+            rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+        let child = Command::new(std::env::current_exe()?)
+            .arg(SUBCOMMAND)
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let kinds = [monitor.is_some().then_some(b'm'), agent.is_some().then_some(b'a')];
+        let kinds: Vec<u8> = kinds.into_iter().flatten().collect();
+        let fds: Vec<OwnedFd> = monitor.into_iter().chain(agent).collect();
+        let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !borrowed.is_empty() {
+            control.push(SendAncillaryMessage::ScmRights(&borrowed));
+        }
+        let mut greeting = vec![u8::try_from(kinds.len()).unwrap_or(0)];
+        greeting.extend(kinds);
+        rustix::net::sendmsg(&ours, &[IoSlice::new(&greeting)], &mut control, SendFlags::NOSIGNAL)?;
+        let mut stream = UnixStream::from(ours);
+        // It is ready before anything is frozen.
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        stream.read_exact(&mut [0])?;
+        Ok(Self { process: Some((child, stream)) })
+    }
+
+    /// No guardian: nothing will be frozen or stopped.
+    pub fn none() -> Self {
+        Self { process: None }
+    }
+
+    /// A freeze begins.
+    pub fn watch_freeze(&mut self) {
+        self.tell(b'F');
+    }
+
+    /// The guest was thawed.
+    pub fn freeze_ended(&mut self) {
+        self.tell(b'f');
+    }
+
+    /// The CPUs are about to be stopped.
+    pub fn watch_stop(&mut self) {
+        self.tell(b'S');
+    }
+
+    /// The CPUs run again.
+    pub fn stop_ended(&mut self) {
+        self.tell(b's');
+    }
+
+    fn tell(&mut self, word: u8) {
+        if let Some((_, stream)) = &mut self.process
+            && let Err(error) = stream.write_all(&[word])
+        {
+            tracing::warn!(%error, "the guardian process is gone");
+        }
+    }
+}
+
+impl Drop for Guardian {
+    fn drop(&mut self) {
+        if let Some((mut child, stream)) = self.process.take() {
+            drop(stream);
+            let _ = child.wait();
+        }
+    }
+}
+
+/// What the hidden subcommand does: standard input is the session.
+pub fn run() -> io::Result<()> {
+    // A signal to the terminal's process group is for the session; the guardian outlives it.
+    let _ = rustix::process::setsid();
+    let session = io::stdin().as_fd().try_clone_to_owned()?;
+    let (kinds, fds) = receive(&session)?;
+    let mut session = UnixStream::from(session);
+    session.write_all(b"r")?;
+    let connection = |kind| kinds.iter().position(|k| *k == kind).and_then(|at| fds.get(at));
+    let (mut frozen, mut stopped) = (false, false);
+    loop {
+        session.set_read_timeout((frozen || stopped).then_some(LIMIT))?;
+        let mut word = [0];
+        match session.read(&mut word) {
+            Ok(1) => match word[0] {
+                b'F' => frozen = true,
+                b'f' => frozen = false,
+                b'S' => stopped = true,
+                b's' => stopped = false,
+                _ => {}
+            },
+            // The session ended, or the time is up.
+            ended => {
+                if frozen {
+                    send(connection(b'a'), THAW);
+                }
+                if stopped {
+                    send(connection(b'm'), CONT);
+                }
+                let time_is_up = matches!(&ended, Err(error) if error.kind() == io::ErrorKind::WouldBlock);
+                if !time_is_up {
+                    return Ok(());
+                }
+                (frozen, stopped) = (false, false);
+            }
+        }
+    }
+}
+
+fn send(connection: Option<&OwnedFd>, line: &[u8]) {
+    if let Some(fd) = connection {
+        let _ = rustix::net::send(fd, line, SendFlags::NOSIGNAL);
+    }
+}
+
+fn receive(session: &OwnedFd) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut greeting = [0; 3];
+    let received =
+        rustix::net::recvmsg(session, &mut [IoSliceMut::new(&mut greeting)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let fds = control
+        .drain()
+        .filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+            _ => None,
+        })
+        .flatten()
+        .collect();
+    Ok((greeting[1..received.bytes.max(1)].to_vec(), fds))
+}
