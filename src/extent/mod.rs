@@ -1,7 +1,9 @@
 //! Byte ranges of a disk, and the stream of pieces in which its content travels. Pure: no I/O.
 
 mod piece;
+mod plan;
 mod range;
 
 pub use piece::Piece;
+pub use plan::{Run, Work, align, plan};
 pub use range::ByteRange;
