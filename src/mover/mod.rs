@@ -1,1 +1,7 @@
-//! Moves disk content: the pull pipeline from an NBD export into an image sink.
+//! Moves disk content: from an NBD export into an image sink.
+
+mod bandwidth;
+mod pull;
+
+pub use bandwidth::Bandwidth;
+pub use pull::{PullError, PullProgress, PullRequest, PullSummary, pull};

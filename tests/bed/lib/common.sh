@@ -2,58 +2,100 @@
 
 BED=${VIRT_FLEECE_BED:-$HOME/.cache/virt-fleece-bed}
 BED_SOURCE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-BED_STARTED=$(date +%s)
 
-say() { printf '[%4ds] %s\n' "$(($(date +%s) - BED_STARTED))" "$*" >&2; }
-die() { printf 'error: %s\n' "$*" >&2; exit 1; }
+say() { printf '[%3ds] %s\n' "$SECONDS" "$*" >&2; }
 
-# Runs a command quietly; its output is shown when it fails.
+die() {
+    printf 'setup: error: %s\n' "$*" >&2
+    exit 1
+}
+
+# Runs a command without its output, which is shown when it fails.
 quietly() {
     local log
     log=$(mktemp)
     if ! "$@" >"$log" 2>&1; then
         tail -n 40 "$log" >&2
         rm -f "$log"
-        die "failed: $*"
+        die "this failed: $*"
     fi
     rm -f "$log"
 }
 
-# The hash of files and words: what a cached component was made from.
-key_of() { { for f in "$@"; do if [ -f "$f" ]; then cat "$f"; else printf '%s\n' "$f"; fi; done; } | sha256sum | cut -c1-16; }
+# What a component is made from: the hash of the contents of these files.
+key_of() { cat "$@" | sha256sum | cut -c 1-16; }
 
-# is_current COMPONENT KEY: the component is there and was made from this.
 is_current() { [ "$(cat "$BED/$1/.key" 2>/dev/null)" = "$2" ]; }
 
-# publish COMPONENT KEY DIR: moves a finished component to its place.
-publish() {
-    printf '%s' "$2" >"$3/.key"
-    rm -rf "${BED:?}/$1.old"
-    [ ! -e "$BED/$1" ] || mv "$BED/$1" "$BED/$1.old"
-    mv "$3" "$BED/$1"
-    rm -rf "${BED:?}/$1.old"
+# A directory beside the component's place, so that moving it there is one rename. What an earlier run that was
+# killed left behind goes first: whoever calls this holds the component's lock.
+new_directory() {
+    rm -rf "$BED/.new-$1" "$BED/.old-$1"
+    mkdir -p "$BED/.new-$1"
+    echo "$BED/.new-$1"
 }
 
-# The mirror and keyring of the Debian that runs here.
-debian_sources() { ls /etc/apt/sources.list.d/*.sources 2>/dev/null | xargs -r grep -l 'Suites: *[a-z]* ' | head -n1; }
-debian_mirror() { { grep -hm1 '^URIs:' /etc/apt/sources.list.d/debian.sources 2>/dev/null || echo 'URIs: http://deb.debian.org/debian'; } | awk '{print $2}'; }
-debian_keyring() { echo /usr/share/keyrings/debian-archive-keyring.gpg; }
+# publish COMPONENT KEY DIRECTORY: moves the finished component to its place.
+publish() {
+    printf '%s\n' "$2" >"$3/.key"
+    rm -rf "$BED/.old-$1"
+    [ ! -e "$BED/$1" ] || mv -T "$BED/$1" "$BED/.old-$1"
+    mv -T "$3" "$BED/$1"
+    rm -rf "$BED/.old-$1"
+}
 
-# apt with a state of its own for another suite, so that nothing of it can reach the system.
-# private_apt SUITE COMMAND...
-private_apt() {
-    local suite=$1 root=$BED/apt-$1
-    shift
-    mkdir -p "$root"/{state/lists/partial,cache/archives/partial,etc/preferences.d,etc/apt.conf.d}
-    : >"$root/status"
-    cat >"$root/etc/sources.list" <<LIST
-deb [signed-by=$(debian_keyring)] $(debian_mirror) $suite main
-deb-src [signed-by=$(debian_keyring)] $(debian_mirror) $suite main
-LIST
-    local apt=(-o "Dir::State=$root/state" -o "Dir::State::status=$root/status" -o "Dir::Cache=$root/cache"
-        -o "Dir::Etc::sourcelist=$root/etc/sources.list" -o "Dir::Etc::sourceparts=-" -o "Dir::Etc::preferencesparts=-"
-        -o "APT::Sandbox::User=root" -o "Acquire::Languages=none" -o "APT::Get::List-Cleanup=false" -o "APT::Architecture=amd64")
-    local tool=apt-get
-    case $1 in policy | show | depends) tool=apt-cache ;; esac
-    "$tool" "${apt[@]}" "$@"
+# setup COMPONENT: builds it unless it is there. Two runs at once: one builds and the other waits for the result.
+setup() {
+    local component=$1 name=${1//-/_}
+    "${name}_is_current" && return
+    (
+        exec {lock}>"$BED/.lock-$component"
+        flock -n "$lock" || {
+            say "$component: another setup is at it, waiting"
+            flock "$lock"
+        }
+        "${name}_is_current" || "build_$name"
+    )
+    "${name}_is_current" || die "$component is still not there"
+}
+
+debian_codename() { (. /etc/os-release && echo "${VERSION_CODENAME:-}"); }
+
+# The system's own Debian archive, from apt's sources: debian_source URIs, or debian_source Signed-By.
+debian_source() {
+    local file
+    for file in /etc/apt/sources.list.d/*.sources; do
+        [ -e "$file" ] || continue
+        awk -v field="$1:" -v suite="$(debian_codename)" '
+            function finish() { if (debian && value != "") { print value; exit } debian = 0; value = "" }
+            NF == 0 { finish() }
+            $1 == field { value = $2 }
+            $1 == "Suites:" { for (i = 2; i <= NF; i++) if ($i == suite) debian = 1 }
+            END { finish() }' "$file"
+    done | head -n 1
+}
+
+debian_mirror() {
+    local uri
+    uri=$(debian_source URIs)
+    [ -n "$uri" ] || uri=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/*.list 2>/dev/null |
+        sed -n "s/^deb \(\[[^]]*\] \)\?\([^ ]*\) $(debian_codename) .*/\2/p" | head -n 1)
+    echo "${uri:-http://deb.debian.org/debian}"
+}
+
+debian_keyring() {
+    local keyring
+    keyring=$(debian_source Signed-By)
+    case $keyring in /*) ;; *) keyring=/usr/share/keyrings/debian-archive-keyring.gpg ;; esac
+    echo "$keyring"
+}
+
+# apt's own lock timeout covers dpkg's locks but not the one on the package lists, hence the tries.
+update_lists() {
+    local try
+    for try in 1 2 3 4 5; do
+        [ "$try" = 5 ] || apt-get -qq -o DPkg::Lock::Timeout=300 update >/dev/null 2>&1 && return
+        sleep $((try * 5))
+    done
+    quietly apt-get -o DPkg::Lock::Timeout=300 update
 }

@@ -1,36 +1,52 @@
-# QEMU 10.0, libvirt and the tools, as packages of the system from bookworm-backports.
+# QEMU 10.0, libvirt, the tools, and what the other components are built with: packages of the system.
 
-PACKAGES=(qemu-system-x86 qemu-utils libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients seabios nbdkit
-    libnbd-bin busybox-static cpio kmod e2fsprogs)
+# libvirt's session daemon needs nothing of libvirt-daemon-system, which would start services and make users.
+QEMU_PACKAGES=(qemu-system-x86 qemu-utils seabios libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients)
+TOOL_PACKAGES=(nbdkit libnbd-bin busybox-static cpio kmod e2fsprogs xz-utils gcc libc6-dev)
 
-setup_packages() {
-    local missing=() package
-    for package in "${PACKAGES[@]}"; do
-        dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
-    done
-    if [ ${#missing[@]} -eq 0 ] && qemu-system-x86_64 --version | grep -qE 'version (1[0-9])\.'; then
-        return
-    fi
-    say "installing ${missing[*]:-a newer QEMU} (Debian bookworm-backports)"
-    if ! grep -rqs 'bookworm-backports' /etc/apt/sources.list.d /etc/apt/sources.list; then
-        cat >/etc/apt/sources.list.d/bookworm-backports.sources <<SOURCES
+packages_is_current() {
+    dpkg-query -W -f '${db:Status-Status} ${Package} ${Version}\n' "${QEMU_PACKAGES[@]}" "${TOOL_PACKAGES[@]}" 2>/dev/null |
+        awk -v wanted=$((${#QEMU_PACKAGES[@]} + ${#TOOL_PACKAGES[@]})) '
+            $1 == "installed" { have++ }
+            $2 == "qemu-system-x86" { sub(/^[0-9]+:/, "", $3); new = $3 + 0 >= 10 }
+            END { exit !(have == wanted && new) }'
+}
+
+build_packages() {
+    local backports=()
+    if [ "$(debian_codename)" = bookworm ]; then
+        backports=(-t bookworm-backports)
+        if ! grep -rqs '^[^#]*bookworm-backports' /etc/apt/sources.list /etc/apt/sources.list.d --include='*.list' --include='*.sources'; then
+            say "packages: adding bookworm-backports to apt's sources"
+            cat >/etc/apt/sources.list.d/.virt-fleece-backports.new <<SOURCES
 Types: deb
 URIs: $(debian_mirror)
 Suites: bookworm-backports
 Components: main
 Signed-By: $(debian_keyring)
 SOURCES
+            mv /etc/apt/sources.list.d/.virt-fleece-backports.new /etc/apt/sources.list.d/bookworm-backports.sources
+        fi
     fi
-    quietly apt-get -o DPkg::Lock::Timeout=300 update
-    # The daemons are started by the tests, as they need them: not by their packages.
-    local guard=/usr/sbin/policy-rc.d made=
-    if [ ! -e $guard ]; then
-        printf '#!/bin/sh\nexit 101\n' >$guard
-        chmod +x $guard
-        made=1
-    fi
-    quietly env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install -y --no-install-recommends \
-        -t bookworm-backports "${PACKAGES[@]}"
-    [ -z "$made" ] || rm -f $guard
-    qemu-system-x86_64 --version | head -n1 >&2
+    say "packages: updating apt's lists"
+    update_lists
+    say "packages: installing QEMU, libvirt and the tools"
+    install_packages "${backports[@]}" "${QEMU_PACKAGES[@]}" "${TOOL_PACKAGES[@]}"
+    say "packages: done ($(qemu-system-x86_64 --version | head -n 1))"
+}
+
+# install_packages [APT-OPTION]... PACKAGE...
+install_packages() {
+    (
+        # The tests start the daemons they need themselves; a package's own would take the sockets and the memory.
+        # Only where nothing guards already: a container image often brings its own guard.
+        if [ ! -e /usr/sbin/policy-rc.d ]; then
+            trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+            printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d
+            chmod 755 /usr/sbin/policy-rc.d
+        fi
+        # --no-remove: a machine's other packages are worth more than this test bed.
+        quietly env DEBIAN_FRONTEND=noninteractive apt-get -y -o DPkg::Lock::Timeout=600 -o APT::Sandbox::User=root \
+            --no-install-recommends --no-remove install "$@"
+    )
 }

@@ -1,0 +1,219 @@
+//! The plain directory of qcow2 chains.
+//!
+//! `DIR/<vm>/<backup id>/manifest.json` and `<volume>.qcow2` beside it. A backup under way is `<backup id>.partial`;
+//! renaming it is the commit. Images name the one below them by a relative path, so `qemu-img` reads any point alone,
+//! and the directory can be moved as a whole.
+
+use super::{BackupId, ImageError, Manifest};
+use rustix::fs::FlockOperation;
+use std::{
+    fs::{self, DirBuilder, File, OpenOptions},
+    io::{self, Write},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+};
+
+const MANIFEST: &str = "manifest.json";
+const PARTIAL: &str = ".partial";
+
+/// A directory of chains.
+#[derive(Debug, Clone)]
+pub struct ChainDirectory {
+    path: PathBuf,
+}
+
+impl ChainDirectory {
+    /// An existing directory.
+    pub fn open(path: &Path) -> Result<Self, ImageError> {
+        let path = path.canonicalize().map_err(ImageError::io("open", path))?;
+        fs::read_dir(&path).map_err(ImageError::io("open", &path))?;
+        Ok(Self { path })
+    }
+
+    /// An existing directory, or a new one.
+    pub fn create(path: &Path) -> Result<Self, ImageError> {
+        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(ImageError::io("create", path))?;
+        Self::open(path)
+    }
+
+    /// Its absolute path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The VMs that have a directory here, sorted.
+    pub fn vms(&self) -> Result<Vec<String>, ImageError> {
+        let mut vms = self.names(&self.path)?;
+        vms.retain(|name| check_name("VM", name).is_ok() && self.path.join(name).is_dir());
+        Ok(vms)
+    }
+
+    /// The complete backups of a VM, oldest first. A directory without a manifest is none.
+    pub fn manifests(&self, vm: &str) -> Result<Vec<Manifest>, ImageError> {
+        check_name("VM", vm)?;
+        let directory = self.path.join(vm);
+        let mut manifests = Vec::new();
+        for name in self.names(&directory)? {
+            if let Ok(id) = name.parse::<BackupId>() {
+                manifests.extend(self.manifest(vm, &id)?);
+            }
+        }
+        manifests.sort_by(|a, b| (a.sequence, &a.id).cmp(&(b.sequence, &b.id)));
+        Ok(manifests)
+    }
+
+    /// A backup's manifest, `None` when there is no such complete backup.
+    pub fn manifest(&self, vm: &str, id: &BackupId) -> Result<Option<Manifest>, ImageError> {
+        let path = self.backup_path(vm, id).join(MANIFEST);
+        match fs::read(&path) {
+            Ok(bytes) => {
+                let manifest = Manifest::parse(&bytes, &path)?;
+                if manifest.id != *id || manifest.vm != vm {
+                    return Err(ImageError::damaged(path, "it belongs to another backup"));
+                }
+                Ok(Some(manifest))
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(ImageError::Io { attempt: "read", path, source }),
+        }
+    }
+
+    /// The newest complete backup of a VM.
+    pub fn latest(&self, vm: &str) -> Result<Option<Manifest>, ImageError> {
+        Ok(self.manifests(vm)?.pop())
+    }
+
+    /// The backup with this id, or the newest for `latest`; an error that names what there is.
+    pub fn find(&self, vm: &str, id: &str) -> Result<Manifest, ImageError> {
+        let mut manifests = self.manifests(vm)?;
+        let found = match id {
+            "latest" => manifests.pop(),
+            id => manifests.iter().position(|manifest| manifest.id.as_str() == id).map(|at| manifests.swap_remove(at)),
+        };
+        let known = || manifests.iter().map(|manifest| manifest.id.to_string()).collect::<Vec<_>>().join(", ");
+        found.ok_or_else(|| ImageError::NotFound {
+            what: if id == "latest" { "complete backup".into() } else { format!("backup `{id}`") },
+            path: self.path.join(vm),
+            known: if manifests.is_empty() { "none".into() } else { known() },
+        })
+    }
+
+    /// Where a complete backup is.
+    pub fn backup_path(&self, vm: &str, id: &BackupId) -> PathBuf {
+        self.path.join(vm).join(id.as_str())
+    }
+
+    /// Takes the VM's directory for one run (`flock`, so it ends with the process), makes it if need be, and removes
+    /// what runs that were cut short left in it.
+    pub fn lock(&self, vm: &str) -> Result<VmDirectory, ImageError> {
+        check_name("VM", vm)?;
+        let path = self.path.join(vm);
+        DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(ImageError::io("create", &path))?;
+        let handle = File::open(&path).map_err(ImageError::io("open", &path))?;
+        match rustix::fs::flock(&handle, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(ImageError::Busy { path }),
+            Err(error) => return Err(ImageError::io("lock", &path)(error.into())),
+        }
+        for name in self.names(&path)? {
+            if name.strip_suffix(PARTIAL).is_some_and(|id| id.parse::<BackupId>().is_ok()) {
+                let partial = path.join(&name);
+                tracing::info!(path = %partial.display(), "removing what an unfinished backup left");
+                fs::remove_dir_all(&partial).map_err(ImageError::io("remove", &partial))?;
+            }
+        }
+        Ok(VmDirectory { directory: self.clone(), vm: vm.to_owned(), handle })
+    }
+
+    fn names(&self, path: &Path) -> Result<Vec<String>, ImageError> {
+        let entries = match fs::read_dir(path) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(source) => return Err(ImageError::Io { attempt: "list", path: path.to_owned(), source }),
+        };
+        let mut names = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(ImageError::io("list", path))?;
+            names.extend(entry.file_name().into_string().ok());
+        }
+        names.sort();
+        Ok(names)
+    }
+}
+
+/// A VM's directory, held by one run.
+#[derive(Debug)]
+pub struct VmDirectory {
+    directory: ChainDirectory,
+    vm: String,
+    handle: File,
+}
+
+impl VmDirectory {
+    /// Begins a backup.
+    pub fn begin(self, id: BackupId) -> Result<PartialBackup, ImageError> {
+        let path = self.directory.path.join(&self.vm).join(format!("{id}{PARTIAL}"));
+        DirBuilder::new().mode(0o700).create(&path).map_err(ImageError::io("create", &path))?;
+        Ok(PartialBackup { vm: self, id, path })
+    }
+}
+
+/// A backup under way. Dropped without a commit, it stays partial and is removed by the next run.
+#[derive(Debug)]
+pub struct PartialBackup {
+    vm: VmDirectory,
+    id: BackupId,
+    path: PathBuf,
+}
+
+impl PartialBackup {
+    /// A new file for a volume's image: its name, path and descriptor.
+    pub fn create_volume(&self, volume: &str) -> Result<(String, PathBuf, File), ImageError> {
+        check_name("volume", volume)?;
+        let name = format!("{volume}.qcow2");
+        let path = self.path.join(&name);
+        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path);
+        let file = file.map_err(ImageError::io("create", &path))?;
+        Ok((name, path, file))
+    }
+
+    /// The relative name by which an image of this backup refers to the same volume's image in another one.
+    pub fn backing_name(parent: &BackupId, file: &str) -> String {
+        format!("../{parent}/{file}")
+    }
+
+    /// Makes the backup complete. Its images must be durable. When this returns, the backup is there and stays there;
+    /// on an error it is not.
+    pub fn commit(self, manifest: &Manifest) -> Result<(), ImageError> {
+        let path = self.path.join(MANIFEST);
+        let failed = || ImageError::io("write", &path);
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).map_err(failed())?;
+        let mut json = serde_json::to_vec_pretty(manifest).map_err(|error| failed()(error.into()))?;
+        json.push(b'\n');
+        file.write_all(&json).map_err(failed())?;
+        file.sync_all().map_err(failed())?;
+        sync(&self.path)?;
+        let complete = self.vm.directory.backup_path(&self.vm.vm, &self.id);
+        fs::rename(&self.path, &complete).map_err(ImageError::io("rename", &self.path))?;
+        self.vm.handle.sync_all().map_err(ImageError::io("write", &complete))
+    }
+
+    /// Removes the backup.
+    pub fn discard(self) -> Result<(), ImageError> {
+        fs::remove_dir_all(&self.path).map_err(ImageError::io("remove", &self.path))
+    }
+}
+
+fn sync(directory: &Path) -> Result<(), ImageError> {
+    let handle = File::open(directory).map_err(ImageError::io("open", directory))?;
+    handle.sync_all().map_err(ImageError::io("write", directory))
+}
+
+/// Names become path components: one of them, without surprises.
+pub(super) fn check_name(what: &'static str, name: &str) -> Result<(), ImageError> {
+    let plain = !name.is_empty()
+        && name.len() <= 200
+        && !name.starts_with('.')
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'#' | b'@' | b':' | b'+'));
+    if plain { Ok(()) } else { Err(ImageError::BadName { what, name: name.to_owned() }) }
+}

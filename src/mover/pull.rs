@@ -1,0 +1,379 @@
+//! Reads an export and feeds a sink.
+//!
+//! Two sides: this one speaks NBD and never waits for the target while replies are outstanding; the sink runs on a
+//! thread of its own and may hang in the kernel for as long as its target does. Between them stand buffers of bounded
+//! number: a read is asked for only when there is one for its reply, so back-pressure of the target ends here.
+
+use super::Bandwidth;
+use crate::{
+    extent::{ByteRange, Piece, Run, Work, align, plan},
+    image::{ImageError, ImageSink, SinkSummary},
+    nbd::{self, Content, NbdClient, NbdError, StatusExtent},
+    reason::{Reason, Retry},
+};
+use bytes::Bytes;
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
+};
+use tokio::{
+    net::UnixStream,
+    sync::{OwnedSemaphorePermit, Semaphore, oneshot},
+};
+
+/// Pieces are made of whole clusters of this many bytes (the last one ends with the disk).
+const CLUSTER: u64 = 64 << 10;
+/// Bytes whose state is asked for at once. Bounds what is remembered of a fragmented disk.
+const WINDOW: u64 = 1 << 30;
+/// Buffers between NBD and sink, each of [`nbd::REQUEST`] bytes: 16 MiB.
+const BUFFERS: usize = 256;
+
+/// What to read.
+#[derive(Debug, Clone)]
+pub struct PullRequest {
+    /// Name of the export.
+    pub export: String,
+    /// Bitmap that says what changed; `None`: everything is read.
+    pub bitmap: Option<String>,
+    /// Read in any case.
+    pub always: Option<ByteRange>,
+    /// Shared limit.
+    pub bandwidth: Option<Arc<Bandwidth>>,
+}
+
+/// How far a pull is; read by whoever shows it.
+#[derive(Debug, Default)]
+pub struct PullProgress {
+    /// Bytes to read in all; 0 until known.
+    pub total: AtomicU64,
+    /// Bytes read so far.
+    pub read: AtomicU64,
+}
+
+/// What was read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PullSummary {
+    /// Bytes of the disk.
+    pub size: u64,
+    /// Bytes that counted as changed (all of them in a full backup).
+    pub dirty_bytes: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// What the sink made of it.
+    pub sink: SinkSummary,
+}
+
+/// Why a pull failed.
+#[derive(Debug, thiserror::Error)]
+pub enum PullError {
+    /// The snapshot could not be read.
+    #[error("the snapshot could not be read")]
+    Nbd(#[from] NbdError),
+    /// The target could not be written.
+    #[error("the target could not be written")]
+    Sink(#[source] ImageError),
+    /// The sink's thread ended without a word.
+    #[error("the thread that writes the target died")]
+    SinkDied,
+}
+
+impl Reason for PullError {
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::Nbd(error) => error.reason(),
+            Self::Sink(error) => error.reason(),
+            Self::SinkDied => "InternalError",
+        }
+    }
+
+    fn retry(&self) -> Retry {
+        Retry::Backoff
+    }
+}
+
+type Delivery = (Piece, Option<OwnedSemaphorePermit>);
+
+/// Reads everything that the request names into the sink. `Ok` only when every byte was read and the sink made it
+/// durable. Dropping the future closes the connection at once; a sink that hangs is left to its thread.
+pub async fn pull(
+    stream: UnixStream,
+    request: &PullRequest,
+    sink: Box<dyn ImageSink>,
+    progress: &PullProgress,
+) -> Result<PullSummary, PullError> {
+    let mut contexts = vec!["base:allocation".to_owned()];
+    contexts.extend(request.bitmap.iter().map(|name| format!("qemu:dirty-bitmap:{name}")));
+    let client = NbdClient::connect(stream, &request.export, &contexts).await?;
+    let (pieces, outcome) = start_sink(sink)?;
+    let mut reader = Reader {
+        size: client.size(),
+        client,
+        request,
+        progress,
+        pieces,
+        buffers: Arc::new(Semaphore::new(BUFFERS)),
+        credit: nbd::credit(),
+        asked: VecDeque::new(),
+        dirty_bytes: 0,
+        read_bytes: 0,
+    };
+    let read = reader.run().await;
+    let (size, dirty_bytes, read_bytes) = (reader.size, reader.dirty_bytes, reader.read_bytes);
+    let Reader { client, pieces, .. } = reader;
+    match read {
+        Ok(()) => {
+            // All of it: the sink may finish.
+            let _ = pieces.send(None);
+            client.disconnect().await.ok();
+        }
+        // The sink's own error is the cause when it is gone.
+        Err(PullError::SinkDied) => {}
+        Err(error) => return Err(error),
+    }
+    drop(pieces);
+    let sink = outcome.await.map_err(|_| PullError::SinkDied)?.map_err(PullError::Sink)?;
+    Ok(PullSummary { size, dirty_bytes, read_bytes, sink })
+}
+
+/// The sink on its thread: pieces in, `None` for the end. A channel that closes without it means that the read failed:
+/// the sink is dropped unfinished.
+#[allow(clippy::type_complexity, reason = "both ends of two channels")]
+fn start_sink(
+    mut sink: Box<dyn ImageSink>,
+) -> Result<(mpsc::Sender<Option<Delivery>>, oneshot::Receiver<Result<SinkSummary, ImageError>>), PullError> {
+    let (pieces, incoming) = mpsc::channel::<Option<Delivery>>();
+    let (sender, outcome) = oneshot::channel();
+    let write_all = move || {
+        for delivery in incoming {
+            let Some((piece, buffer)) = delivery else {
+                return Some(sink.finish());
+            };
+            if let Err(error) = sink.write(piece) {
+                return Some(Err(error));
+            }
+            drop(buffer);
+        }
+        None
+    };
+    // A plain thread, not the runtime's pool: the runtime waits for its own at shutdown, and this one may hang.
+    let spawned = std::thread::Builder::new().name("image-sink".into()).spawn(move || {
+        if let Some(result) = write_all() {
+            let _ = sender.send(result);
+        }
+    });
+    spawned.map_err(|_| PullError::SinkDied)?;
+    Ok((pieces, outcome))
+}
+
+/// A read under way.
+#[derive(Debug)]
+struct Asked {
+    cookie: u64,
+    range: ByteRange,
+    bytes: Vec<u8>,
+    /// Bytes received so far; chunks come in any order but never overlap.
+    received: u64,
+    done: bool,
+    buffer: Option<OwnedSemaphorePermit>,
+}
+
+struct Reader<'a> {
+    client: NbdClient,
+    size: u64,
+    request: &'a PullRequest,
+    progress: &'a PullProgress,
+    pieces: mpsc::Sender<Option<Delivery>>,
+    buffers: Arc<Semaphore>,
+    credit: u64,
+    asked: VecDeque<Asked>,
+    dirty_bytes: u64,
+    read_bytes: u64,
+}
+
+impl Reader<'_> {
+    async fn run(&mut self) -> Result<(), PullError> {
+        let mut total = 0;
+        self.walk(|work| {
+            total += work.iter().filter(|(_, kind)| *kind == Work::Read).map(|(range, _)| range.len()).sum::<u64>();
+        })
+        .await?;
+        self.progress.total.store(total, Ordering::Relaxed);
+        let mut at = 0;
+        while at < self.size {
+            let (work, end) = self.window(at).await?;
+            for (range, kind) in work {
+                self.dirty_bytes += range.len();
+                match kind {
+                    Work::Zero => {
+                        // Behind the reads before it, to keep the order.
+                        self.drain().await?;
+                        self.deliver(Piece::Zero(range), None)?;
+                    }
+                    Work::Read => self.read(range).await?,
+                }
+            }
+            self.drain().await?;
+            at = end;
+        }
+        Ok(())
+    }
+
+    async fn walk(&mut self, mut see: impl FnMut(&[(ByteRange, Work)])) -> Result<(), PullError> {
+        let mut at = 0;
+        while at < self.size {
+            let (work, end) = self.window(at).await?;
+            see(&work);
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// The work from `start` on, as far as one answer reaches, in whole clusters. No read may be outstanding.
+    async fn window(&mut self, start: u64) -> Result<(Vec<(ByteRange, Work)>, u64), PullError> {
+        let (mut work, mut at) = (Vec::new(), start);
+        // An answer that ends within a cluster is cut back to its border; one that does not even fill a cluster is
+        // continued.
+        loop {
+            let length = WINDOW.min(self.size - at);
+            let (zero, dirty) = self.status(at, length).await?;
+            let (more, end) = plan(at, &zero, dirty.as_deref(), self.request.always);
+            let end = end.min(self.size);
+            if end <= at {
+                return Err(NbdError::Protocol("a block status without progress".into()).into());
+            }
+            work.extend(more);
+            at = end;
+            let border = if at == self.size { at } else { at / CLUSTER * CLUSTER };
+            if border > start {
+                let cut = |(range, kind): (ByteRange, Work)| Some((range.split_at(border).0?, kind));
+                let work: Vec<_> = work.into_iter().filter_map(cut).collect();
+                return Ok((align(&work, CLUSTER, self.size), border));
+            }
+        }
+    }
+
+    async fn status(&mut self, at: u64, length: u64) -> Result<(Vec<Run>, Option<Vec<Run>>), PullError> {
+        let length = u32::try_from(length).unwrap_or(u32::MAX);
+        let cookie = self.client.ask_status(at, length).await?;
+        let mut zero: Option<Vec<Run>> = None;
+        let mut dirty: Option<Vec<Run>> = None;
+        loop {
+            let chunk = self.client.receive(0).await?;
+            if chunk.cookie != cookie {
+                return Err(NbdError::Protocol("an answer to no question".into()).into());
+            }
+            let runs = |extents: Vec<StatusExtent>, flag: u32| {
+                Some(extents.iter().map(|e| Run { length: e.length, set: e.flags & flag != 0 }).collect())
+            };
+            match chunk.content {
+                Content::Status { context: 0, extents } => zero = runs(extents, nbd::STATE_ZERO),
+                Content::Status { extents, .. } => dirty = runs(extents, nbd::STATE_DIRTY),
+                Content::Error { errno } => return Err(NbdError::Read { offset: at, errno }.into()),
+                Content::None => {}
+                _ => return Err(NbdError::Protocol("data in answer to a block status".into()).into()),
+            }
+            if chunk.done {
+                break;
+            }
+        }
+        let missing = || PullError::from(NbdError::Protocol("a context is missing in a block status".into()));
+        let zero = zero.ok_or_else(missing)?;
+        if self.request.bitmap.is_some() && dirty.is_none() {
+            return Err(missing());
+        }
+        Ok((zero, dirty))
+    }
+
+    async fn read(&mut self, range: ByteRange) -> Result<(), PullError> {
+        let mut at = range.start();
+        while at < range.end() {
+            let length = nbd::REQUEST.min(range.end() - at);
+            if let Some(bandwidth) = &self.request.bandwidth {
+                bandwidth.take(length).await;
+            }
+            while self.outstanding() + length > self.credit {
+                self.receive().await?;
+            }
+            let buffer = loop {
+                if let Ok(buffer) = Arc::clone(&self.buffers).try_acquire_owned() {
+                    break buffer;
+                }
+                if self.asked.is_empty() {
+                    // Nothing is outstanding: here, and only here, the target's pace is waited for.
+                    let acquire = Arc::clone(&self.buffers).acquire_owned();
+                    break acquire.await.map_err(|_| PullError::SinkDied)?;
+                }
+                self.receive().await?;
+            };
+            let bytes = vec![0; usize::try_from(length).unwrap_or(0)];
+            let cookie = self.client.ask_read(at, u32::try_from(length).unwrap_or(0)).await?;
+            let range = ByteRange::with_length(at, length).ok_or(PullError::SinkDied)?;
+            self.asked.push_back(Asked { cookie, range, bytes, received: 0, done: false, buffer: Some(buffer) });
+            at += length;
+        }
+        Ok(())
+    }
+
+    fn outstanding(&self) -> u64 {
+        // Each reply has some dozens of bytes of headers.
+        self.asked.iter().filter(|asked| !asked.done).map(|asked| asked.range.len() - asked.received + 64).sum()
+    }
+
+    async fn drain(&mut self) -> Result<(), PullError> {
+        while !self.asked.is_empty() {
+            self.receive().await?;
+        }
+        Ok(())
+    }
+
+    /// Takes one chunk, and hands on what is complete, in order.
+    async fn receive(&mut self) -> Result<(), PullError> {
+        let chunk = self.client.receive(nbd::REQUEST).await?;
+        let stray = || PullError::from(NbdError::Protocol("an answer that nobody asked for".into()));
+        let asked = self.asked.iter_mut().find(|asked| asked.cookie == chunk.cookie && !asked.done).ok_or_else(stray)?;
+        let (offset, length) = match &chunk.content {
+            Content::Data { offset, bytes } => (*offset, bytes.len() as u64),
+            Content::Hole { offset, length } => (*offset, u64::from(*length)),
+            Content::None => (asked.range.start(), 0),
+            Content::Error { errno } => {
+                return Err(NbdError::Read { offset: asked.range.start(), errno: *errno }.into());
+            }
+            Content::Status { .. } => return Err(stray()),
+        };
+        let at = offset.checked_sub(asked.range.start()).ok_or_else(stray)?;
+        if at.checked_add(length).is_none_or(|end| end > asked.range.len()) {
+            return Err(stray());
+        }
+        if let Content::Data { bytes, .. } = chunk.content {
+            if at == 0 && length == asked.range.len() {
+                asked.bytes = bytes.into();
+            } else {
+                let at = usize::try_from(at).unwrap_or(usize::MAX);
+                asked.bytes[at..at + bytes.len()].copy_from_slice(&bytes);
+            }
+        }
+        asked.received += length;
+        if chunk.done {
+            if asked.received != asked.range.len() {
+                return Err(NbdError::Protocol("a read that was answered in part".into()).into());
+            }
+            asked.done = true;
+        }
+        while self.asked.front().is_some_and(|asked| asked.done) {
+            let Some(asked) = self.asked.pop_front() else { break };
+            self.read_bytes += asked.range.len();
+            self.progress.read.store(self.read_bytes, Ordering::Relaxed);
+            let piece = Piece::Data { offset: asked.range.start(), bytes: Bytes::from(asked.bytes) };
+            self.deliver(piece, asked.buffer)?;
+        }
+        Ok(())
+    }
+
+    fn deliver(&self, piece: Piece, buffer: Option<OwnedSemaphorePermit>) -> Result<(), PullError> {
+        self.pieces.send(Some((piece, buffer))).map_err(|_| PullError::SinkDied)
+    }
+}

@@ -1,0 +1,1 @@
+qemu_allowlist_is_current() { false; }

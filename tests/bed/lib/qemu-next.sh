@@ -1,0 +1,1 @@
+qemu_next_is_current() { false; }
