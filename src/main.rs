@@ -1,5 +1,5 @@
 //! The `virt-fleece` command.
 
 fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+    virt_fleece::cli::main()
 }

@@ -44,6 +44,9 @@ pub enum FullReason {
     /// The bitmap is not one that we made.
     #[error("the dirty bitmap has an unexpected granularity")]
     BitmapGranularity,
+    /// The image that an incremental one would stand on is missing or damaged.
+    #[error("the newest backup of this volume is missing or damaged")]
+    ParentUnusable,
     /// The disk is smaller than it was.
     #[error("the disk is smaller than in the newest backup")]
     Shrunk,
@@ -63,6 +66,8 @@ pub struct ParentVolume {
     pub backup: String,
     /// Size of the disk then, in bytes.
     pub virtual_size: u64,
+    /// Its image and all below it are there.
+    pub usable: bool,
 }
 
 /// How a volume is backed up.
@@ -101,6 +106,9 @@ pub fn plan_volume(
     let Some(parent) = parent else {
         return full(if any_backup { FullReason::NotInParent } else { FullReason::FirstBackup });
     };
+    if !parent.usable {
+        return full(FullReason::ParentUnusable);
+    }
     let name = BitmapName::new(line, &parent.backup);
     let wire_name = name.to_string();
     let Some(bitmap) = observed.iter().find(|b| b.name.as_deref() == Some(&wire_name)) else {
@@ -143,7 +151,7 @@ mod tests {
     }
 
     fn parent() -> ParentVolume {
-        ParentVolume { backup: "1".into(), virtual_size: 10 * MIB }
+        ParentVolume { backup: "1".into(), virtual_size: 10 * MIB, usable: true }
     }
 
     fn plan(size: u64, observed: &[ObservedBitmap]) -> VolumePlan {

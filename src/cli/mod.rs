@@ -1,1 +1,121 @@
-//! cli
+//! The command line: one file per command.
+
+mod backup;
+mod backup_run;
+mod connection;
+mod error;
+mod inspect;
+mod list;
+mod output;
+mod progress;
+mod recover;
+mod restore;
+mod size;
+mod verify;
+
+pub use error::CliError;
+
+use clap::{Parser, Subcommand};
+use output::Output;
+use std::process::ExitCode;
+
+/// Fleecing backups of running QEMU virtual machines.
+///
+/// Every disk is backed up as of one instant, taken while the guest writes; a slow, full or dead target never stalls
+/// the guest. Results go to standard output, everything else to standard error.
+#[derive(Debug, Parser)]
+#[command(version, after_help = EXIT_CODES, max_term_width = 120)]
+struct Cli {
+    /// More of what happens on standard error (repeat for still more)
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    verbose: u8,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Back up a running VM
+    Backup(Box<backup::BackupArgs>),
+    /// List the backups in a directory
+    List(list::ListArgs),
+    /// Check that backups are what they were when they were written
+    Verify(verify::VerifyArgs),
+    /// Restore a VM's disks, or one of them, as of a backup
+    Restore(restore::RestoreArgs),
+    /// Show a VM's disks, bitmaps, the engine that a backup would use and why, and what earlier runs left
+    Inspect(inspect::InspectArgs),
+    /// Remove what a backup that was killed left in a VM, and release the guest
+    Recover(recover::RecoverArgs),
+    #[command(hide = true, name = crate::fleecing::guardian::SUBCOMMAND)]
+    Guardian,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 done, 2 wrong usage, 3 VM unreachable, 4 backup failed, 5 damaged backup, 6 other failure of a command,
+130 interrupted, 143 terminated.";
+
+/// Runs the program.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if matches!(cli.command, Command::Guardian) {
+        return if crate::fleecing::guardian::run().is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
+    start_logging(cli.verbose);
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: cannot start: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let output = cli.command.output();
+    let result = runtime.block_on(run(cli.command));
+    // A thread that hangs in a dead target must not keep the program.
+    runtime.shutdown_background();
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            output.error(&error);
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+async fn run(command: Command) -> Result<ExitCode, CliError> {
+    match command {
+        Command::Backup(args) => backup::run(*args).await,
+        Command::List(args) => list::run(&args),
+        Command::Verify(args) => verify::run(&args),
+        Command::Restore(args) => restore::run(args).await,
+        Command::Inspect(args) => inspect::run(args).await,
+        Command::Recover(args) => recover::run(args).await,
+        Command::Guardian => Ok(ExitCode::SUCCESS),
+    }
+}
+
+impl Command {
+    fn output(&self) -> Output {
+        match self {
+            Self::Backup(args) => args.output,
+            Self::List(args) => args.output,
+            Self::Verify(args) => args.output,
+            Self::Restore(args) => args.output,
+            Self::Inspect(args) => args.output,
+            Self::Recover(args) => args.output,
+            Self::Guardian => Output::Text,
+        }
+    }
+}
+
+fn start_logging(verbose: u8) {
+    let level = match verbose {
+        0 => "warn",
+        1 => "info",
+        2 => "debug",
+        _ => "trace",
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_env("VIRT_FLEECE_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(format!("virt_fleece={level}")));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+}

@@ -1,0 +1,429 @@
+//! `virt-fleece backup`: the run.
+//!
+//! Everything that can fail without the guest is done before the guest is touched, and the session is ended however
+//! the run went: guest safety first, then the backup.
+
+use super::{
+    CliError,
+    backup::{BackupArgs, Report},
+    connection::Connection,
+    progress::Progress,
+};
+use crate::{
+    chain::{ParentVolume, VolumePlan, plan_volume},
+    fleecing::{
+        self, Begin, Cut, Disks, Engine, EngineChoice, Outcome, Quiesce, Request, Session, SessionError, Volume,
+        guardian::Guardian, recover, settle_bitmaps,
+    },
+    image::{
+        BackupId, ChainDirectory, FORMAT_VERSION, ImageError, ImageSink, Manifest, ManifestVolume, PartialBackup,
+        SkippedVolume, qcow2::{Qcow2Options, Qcow2Writer},
+        volume_chain,
+    },
+    mover::{Bandwidth, PullProgress, PullRequest, PullSummary, pull},
+    qmp::{
+        Capabilities, Qmp,
+        command::{QueryBlockJobs, QueryStatus},
+    },
+};
+use futures::{StreamExt, stream::FuturesUnordered};
+use jiff::Timestamp;
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+use tokio::{sync::Semaphore, time::Instant};
+
+/// Volumes that are read at once: more would only compete for the same disks and CPUs.
+const PARALLEL_VOLUMES: usize = 2;
+/// Run states in which disks can be backed up (QEMU `qapi/run-state.json`).
+const GOOD_STATES: [&str; 6] = ["running", "paused", "prelaunch", "suspended", "guest-panicked", "watchdog"];
+
+/// What is to be backed up, and how.
+struct Plan {
+    begin: Begin,
+    id: BackupId,
+    parent: Option<Manifest>,
+    disks: Vec<(Volume, VolumePlan)>,
+    skipped: Vec<SkippedVolume>,
+    engine: EngineChoice,
+    qemu_version: String,
+    vm_uuid: Option<String>,
+    started: Timestamp,
+}
+
+pub(super) async fn run(args: &BackupArgs) -> Result<Report, CliError> {
+    let started = Timestamp::now();
+    let connection = args.vm_args.connect().await?;
+    let _lock = connection.lock(Duration::from_secs(args.wait)).await?;
+    let mut agent = args.vm_args.agent().await;
+    let mut journal = connection.journal();
+    let recovered = {
+        let agent = agent.as_mut().ok().and_then(Option::as_mut);
+        recover(&connection.qmp, &mut journal, agent, super::recover::head_of_leftover).await?
+    };
+    if !recovered.is_nothing() {
+        tracing::warn!(?recovered, "cleaned up behind an earlier backup");
+    }
+    let running = check_state(&connection.qmp).await?;
+    let directory = ChainDirectory::create(&args.qcow2_dir).map_err(CliError::Target)?;
+    let vm = args.vm.clone().or_else(|| connection.name.clone());
+    let vm = vm.ok_or_else(|| CliError::Usage("this VM has no name: give it one with --vm NAME".into()))?;
+    let vm_directory = directory.lock(&vm).map_err(CliError::Target)?;
+    let plan = plan(args, &connection, &directory, vm, started).await?;
+    let partial = vm_directory.begin(plan.id.clone()).map_err(CliError::Target)?;
+    let quiesce = Quiesce::prepare(args.quiesce.wish(), agent, running).await;
+    let result = match quiesce {
+        Ok(quiesce) => run_session(args, &connection, journal, &plan, &partial, quiesce).await,
+        Err(error) => Err(error.into()),
+    };
+    match result {
+        Ok((session, manifest)) => commit(session, partial, manifest, recovered, &plan).await,
+        Err(error) => {
+            discard(partial).await;
+            Err(error)
+        }
+    }
+}
+
+async fn check_state(qmp: &Qmp) -> Result<bool, CliError> {
+    let failed = || SessionError::qmp("reading the VM's state");
+    let status = qmp.execute(&QueryStatus {}).await.map_err(failed())?;
+    if !GOOD_STATES.contains(&status.status.as_str()) {
+        return Err(SessionError::VmState { state: status.status }.into());
+    }
+    let jobs = qmp.execute(&QueryBlockJobs {}).await.map_err(failed())?;
+    if let Some(job) = jobs.first() {
+        let holder = format!(" (block job `{}` of type {}, not ours)", job.device, job.kind);
+        return Err(SessionError::Busy { vm: qmp.peer(), holder }.into());
+    }
+    Ok(status.running)
+}
+
+async fn plan(
+    args: &BackupArgs,
+    connection: &Connection,
+    directory: &ChainDirectory,
+    vm: String,
+    started: Timestamp,
+) -> Result<Plan, CliError> {
+    let qmp = &connection.qmp;
+    let capabilities = Capabilities::probe(qmp).await.map_err(SessionError::qmp("probing QEMU"))?;
+    let engine = fleecing::choose(args.engine.engine(), &capabilities)?;
+    let parent = directory.latest(&vm).map_err(CliError::Target)?;
+    let line = match &parent {
+        Some(parent) => parent.bitmap_line.clone(),
+        None => new_line()?,
+    };
+    let head = |volume: &str| {
+        let parent = parent.as_ref().filter(|parent| parent.volume(volume).is_some())?;
+        Some(parent.id.to_string())
+    };
+    settle_bitmaps(qmp, &line, head).await?;
+    let disks = Disks::discover(qmp).await?.select(&args.volumes, &args.exclude_volumes)?;
+    let mut planned = Vec::new();
+    for volume in disks.volumes {
+        let below = parent.as_ref().and_then(|parent| {
+            let size = parent.volume(&volume.name)?.virtual_size;
+            let usable = match volume_chain(directory, parent, &volume.name) {
+                Ok(_) => true,
+                Err(error) => {
+                    tracing::warn!(%error, "the newest backup cannot be built on");
+                    false
+                }
+            };
+            Some(ParentVolume { backup: parent.id.to_string(), virtual_size: size, usable })
+        });
+        let requested = args.backup_type.backup_type();
+        let any_backup = parent.is_some();
+        let plan = plan_volume(requested, &line, any_backup, below.as_ref(), volume.virtual_size, &volume.bitmaps);
+        if let (VolumePlan::Full { reason }, crate::chain::BackupType::Incremental) = (&plan, requested) {
+            let reason = reason.to_string();
+            return Err(SessionError::NotIncremental { volume: volume.name, reason }.into());
+        }
+        planned.push((volume, plan));
+    }
+    let id = BackupId::generate()?;
+    Ok(Plan {
+        begin: Begin {
+            backup: id.to_string(),
+            bitmap_line: line,
+            target: directory.path().to_owned(),
+            vm,
+            pid: std::process::id(),
+        },
+        id,
+        parent,
+        disks: planned,
+        skipped: disks.skipped.into_iter().map(|s| SkippedVolume { name: s.name, reason: s.reason }).collect(),
+        engine,
+        qemu_version: capabilities.version.qemu.to_string(),
+        vm_uuid: connection.uuid.clone(),
+        started,
+    })
+}
+
+fn new_line() -> Result<String, CliError> {
+    let random = getrandom::u32().map_err(|error| {
+        CliError::Session(SessionError::local("taking randomness")(std::io::Error::other(error)))
+    })?;
+    Ok(format!("{random:08x}"))
+}
+
+/// From the preparation to the proof that everything was read from an unbroken snapshot. On an error the session is
+/// ended and rolled back.
+async fn run_session(
+    args: &BackupArgs,
+    connection: &Connection,
+    journal: fleecing::Journal,
+    plan: &Plan,
+    partial: &PartialBackup,
+    mut quiesce: Quiesce,
+) -> Result<(Session, Manifest), CliError> {
+    let sinks = sinks(args, plan, partial)?;
+    let request = Request {
+        begin: plan.begin.clone(),
+        disks: plan.disks.clone(),
+        engine: plan.engine.clone(),
+        fleece_limit: args.fleece_limit,
+    };
+    let needs_guardian = quiesce.is_wanted() || plan.engine.engine == Engine::Filter;
+    let mut guardian = if needs_guardian {
+        let monitor = connection.monitor_fd.as_ref().and_then(|fd| fd.try_clone().ok());
+        Guardian::start(monitor, quiesce.duplicate_fd()).map_err(SessionError::local("starting the guardian process"))?
+    } else {
+        Guardian::none()
+    };
+    let mut session =
+        Session::prepare(connection.qmp.clone(), connection.directory.clone(), journal, request).await?;
+    let copied = tokio::select! {
+        copied = copy(args, &mut session, sinks, &mut quiesce, &mut guardian) => copied,
+        error = signal() => Err(error),
+    };
+    drop(guardian);
+    match copied {
+        Ok((cut, summaries)) => {
+            let manifest = manifest(plan, &session, &cut, summaries)?;
+            Ok((session, manifest))
+        }
+        Err(error) => {
+            // Thawed already, or about to be: by the guardian, which was just let go.
+            if let Err(left) = session.end(Outcome::RolledBack).await {
+                tracing::error!(error = &left as &dyn std::error::Error, "cleaning up failed");
+            }
+            Err(error)
+        }
+    }
+}
+
+type NamedSink = (String, Box<dyn ImageSink>);
+
+fn sinks(args: &BackupArgs, plan: &Plan, partial: &PartialBackup) -> Result<Vec<NamedSink>, CliError> {
+    let mut sinks = Vec::new();
+    for (volume, how) in &plan.disks {
+        let (file_name, path, file) = partial.create_volume(&volume.name).map_err(CliError::Target)?;
+        let backing = match how {
+            VolumePlan::Full { .. } => None,
+            VolumePlan::Incremental { parent, .. } => {
+                Some(PartialBackup::backing_name(&parent.parse::<BackupId>()?, &file_name))
+            }
+        };
+        let options = Qcow2Options { virtual_size: volume.virtual_size, backing, compress: args.compress };
+        let sink: Box<dyn ImageSink> = Box::new(Qcow2Writer::new(file, path, options));
+        sinks.push((file_name, sink));
+    }
+    Ok(sinks)
+}
+
+type Copied = (Cut, Vec<(String, PullSummary)>);
+
+async fn copy(
+    args: &BackupArgs,
+    session: &mut Session,
+    sinks: Vec<NamedSink>,
+    quiesce: &mut Quiesce,
+    guardian: &mut Guardian,
+) -> Result<Copied, CliError> {
+    let cut = session.cut(quiesce, guardian).await?;
+    tracing::info!(at = %cut.point_in_time, pause = ?cut.pause, "point in time");
+    session.export().await?;
+    let session = &*session;
+    let progress: Vec<Arc<PullProgress>> = sinks.iter().map(|_| Arc::default()).collect();
+    let bandwidth = args.bandwidth_limit.map(|rate| Arc::new(Bandwidth::new(rate)));
+    let slots = Arc::new(Semaphore::new(PARALLEL_VOLUMES));
+    let mut pulls: FuturesUnordered<_> = session
+        .disks()
+        .iter()
+        .zip(sinks)
+        .zip(&progress)
+        .enumerate()
+        .map(|(index, ((disk, (file, sink)), progress))| {
+            let request = PullRequest {
+                export: disk.slot.export(),
+                bitmap: disk.previous_bitmap(),
+                always: match &disk.plan {
+                    VolumePlan::Incremental { grown, .. } => *grown,
+                    VolumePlan::Full { .. } => None,
+                },
+                bandwidth: bandwidth.clone(),
+            };
+            let slots = Arc::clone(&slots);
+            async move {
+                let _slot = slots.acquire().await;
+                let stream = session.connect()?;
+                let stream = stream
+                    .set_nonblocking(true)
+                    .and_then(|()| tokio::net::UnixStream::from_std(stream))
+                    .map_err(SessionError::local("connecting to QEMU's NBD server"))?;
+                match pull(stream, &request, sink, progress).await {
+                    Ok(summary) => Ok((index, file, summary)),
+                    Err(source) => Err(CliError::Volume { volume: disk.volume.name.clone(), source }),
+                }
+            }
+        })
+        .collect();
+    let all = async {
+        let mut done = Vec::new();
+        while let Some(result) = pulls.next().await {
+            done.push(result?);
+        }
+        done.sort_by_key(|(index, ..)| *index);
+        let summaries: Vec<_> = done.into_iter().map(|(_, file, summary)| (file, summary)).collect();
+        Ok::<_, CliError>(summaries)
+    };
+    let names: Vec<String> = session.disks().iter().map(|disk| disk.volume.name.clone()).collect();
+    let summaries = tokio::select! {
+        summaries = all => summaries?,
+        error = session.watch() => return Err(error.into()),
+        error = show(names, &progress, args.stall_timeout) => return Err(error),
+    };
+    session.prove_unbroken().await?;
+    Ok((cut, summaries))
+}
+
+/// Shows progress; returns only when there is none any more.
+async fn show(names: Vec<String>, volumes: &[Arc<PullProgress>], stall_timeout: u64) -> CliError {
+    let mut shown = Progress::new("backing up", names);
+    let (mut last, mut since) = (u64::MAX, Instant::now());
+    loop {
+        let mut sum = 0;
+        for (index, volume) in volumes.iter().enumerate() {
+            let (read, total) = (volume.read.load(Ordering::Relaxed), volume.total.load(Ordering::Relaxed));
+            shown.set(index, read, total);
+            sum += read;
+        }
+        shown.tick();
+        if sum != last {
+            (last, since) = (sum, Instant::now());
+        } else if since.elapsed() > Duration::from_secs(stall_timeout) {
+            shown.finish();
+            return CliError::Stalled { seconds: stall_timeout };
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+fn manifest(
+    plan: &Plan,
+    session: &Session,
+    cut: &Cut,
+    summaries: Vec<(String, PullSummary)>,
+) -> Result<Manifest, CliError> {
+    let mut volumes = Vec::new();
+    for (disk, (file, summary)) in session.disks().iter().zip(summaries) {
+        let (parent, full_reason) = match &disk.plan {
+            VolumePlan::Full { reason } => (None, Some(reason.word())),
+            VolumePlan::Incremental { parent, .. } => (Some(parent.parse::<BackupId>()?), None),
+        };
+        volumes.push(ManifestVolume {
+            name: disk.volume.name.clone(),
+            file,
+            parent,
+            full_reason,
+            virtual_size: disk.volume.virtual_size,
+            source_format: disk.volume.source_format().to_owned(),
+            bitmap: session.new_bitmap(),
+            digest: summary.sink.digest.unwrap_or_default(),
+            file_bytes: summary.sink.file_bytes,
+            dirty_bytes: summary.dirty_bytes,
+            read_bytes: summary.read_bytes,
+            data_bytes: summary.sink.data_bytes,
+            zero_bytes: summary.sink.zero_bytes,
+        });
+    }
+    Ok(Manifest {
+        format_version: FORMAT_VERSION,
+        id: plan.id.clone(),
+        vm: plan.begin.vm.clone(),
+        vm_uuid: plan.vm_uuid.clone(),
+        parent: plan.parent.as_ref().map(|parent| parent.id.clone()),
+        sequence: plan.parent.as_ref().map_or(1, |parent| parent.sequence + 1),
+        bitmap_line: plan.begin.bitmap_line.clone(),
+        point_in_time: cut.point_in_time,
+        started: plan.started,
+        finished: Timestamp::now(),
+        engine: plan.engine.engine.to_string(),
+        transfer: "pull".into(),
+        qemu_version: plan.qemu_version.clone(),
+        cut_microseconds: u64::try_from(cut.pause.as_micros()).unwrap_or(u64::MAX),
+        quiesce: serde_json::to_value(&cut.quiesce).unwrap_or_default(),
+        volumes,
+        skipped: plan.skipped.clone(),
+        tool_version: env!("CARGO_PKG_VERSION").into(),
+    })
+}
+
+/// The rename in the target directory is the commit; only then do the bitmaps advance.
+async fn commit(
+    mut session: Session,
+    partial: PartialBackup,
+    manifest: Manifest,
+    recovered: fleecing::Recovered,
+    plan: &Plan,
+) -> Result<Report, CliError> {
+    session.note_committing()?;
+    let written = manifest.clone();
+    let committed = in_background(move || partial.commit(&written)).await;
+    if let Err(error) = committed {
+        session.end(Outcome::RolledBack).await?;
+        return Err(CliError::Target(error));
+    }
+    // The backup is complete whatever happens now: a bitmap that stays is put in order by the next run.
+    if let Err(error) = session.end(Outcome::Committed).await {
+        tracing::error!(error = &error as &dyn std::error::Error, "the backup is complete, but cleaning up failed");
+    }
+    Ok(Report { manifest, recovered, engine_reason: plan.engine.why.clone() })
+}
+
+async fn discard(partial: PartialBackup) {
+    if let Err(error) = in_background(move || partial.discard()).await {
+        tracing::warn!(%error, "the unfinished backup is left to the next run");
+    }
+}
+
+/// Work on the target, which may hang: not longer than a minute.
+async fn in_background(
+    work: impl FnOnce() -> Result<(), ImageError> + Send + 'static,
+) -> Result<(), ImageError> {
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    std::thread::spawn(move || {
+        let _ = sender.send(work());
+    });
+    match tokio::time::timeout(Duration::from_secs(60), receiver).await {
+        Ok(Ok(result)) => result,
+        _ => Err(ImageError::io("finish", "the backup's directory")(std::io::ErrorKind::TimedOut.into())),
+    }
+}
+
+/// Ends with the first signal that asks the program to end.
+pub(super) async fn signal() -> CliError {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+    else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = interrupt.recv() => CliError::Signal { signal: "interrupted", code: 130 },
+        _ = terminate.recv() => CliError::Signal { signal: "terminated", code: 143 },
+    }
+}

@@ -1,0 +1,77 @@
+//! `virt-fleece verify`
+
+use super::{CliError, output::Output, progress::Progress};
+use crate::image::{ChainDirectory, VerifiedBackup, verify_backup};
+use clap::Args;
+use serde::Serialize;
+use std::{collections::HashSet, path::PathBuf, process::ExitCode};
+
+#[derive(Debug, Args)]
+#[command(after_help = "Exit code 5 says that a backup is damaged.\n\nExamples:\n  \
+    virt-fleece verify --qcow2-dir /backup\n  virt-fleece verify --qcow2-dir /backup --vm web --backup latest")]
+pub(super) struct VerifyArgs {
+    /// Directory with backups
+    #[arg(long, value_name = "DIR")]
+    qcow2_dir: PathBuf,
+    /// Only the backups of this VM
+    #[arg(long, value_name = "NAME")]
+    vm: Option<String>,
+    /// Only this backup (and what it builds on), or `latest`
+    #[arg(long, value_name = "ID")]
+    backup: Option<String>,
+    /// Form of the result
+    #[arg(short, long, value_enum, default_value_t)]
+    pub(super) output: Output,
+}
+
+#[derive(Debug, Serialize)]
+struct Verified {
+    vm: String,
+    #[serde(flatten)]
+    backup: VerifiedBackup,
+}
+
+pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, CliError> {
+    let directory = ChainDirectory::open(&args.qcow2_dir)?;
+    let vms = match &args.vm {
+        Some(vm) => vec![vm.clone()],
+        None => directory.vms()?,
+    };
+    let mut manifests = Vec::new();
+    for vm in &vms {
+        match &args.backup {
+            None => manifests.extend(directory.manifests(vm)?),
+            Some(id) if vms.len() == 1 => manifests.push(directory.find(vm, id)?),
+            Some(_) => return Err(CliError::Usage("there are several VMs: name one with --vm".into())),
+        }
+    }
+    let total: u64 = manifests.iter().flat_map(|m| &m.volumes).map(|volume| volume.file_bytes).sum();
+    let mut progress = Progress::new("verifying", ["images".to_owned()]);
+    let mut read = 0;
+    let mut known_good = HashSet::new();
+    let mut verified = Vec::new();
+    for manifest in &manifests {
+        let backup = verify_backup(&directory, manifest, &mut known_good, |link| {
+            progress.set(0, read, total);
+            progress.tick();
+            read += link.file_bytes;
+        });
+        verified.push(Verified { vm: manifest.vm.clone(), backup });
+    }
+    progress.finish();
+    args.output.result(&verified, || text(&verified));
+    let broken = verified.iter().any(|verified| !verified.backup.problems.is_empty());
+    Ok(if broken { ExitCode::from(5) } else { ExitCode::SUCCESS })
+}
+
+fn text(verified: &[Verified]) -> String {
+    let mut lines = Vec::new();
+    for Verified { vm, backup } in verified {
+        let state = if backup.problems.is_empty() { "ok" } else { "DAMAGED" };
+        lines.push(format!("{vm} {} {state}", backup.id));
+        lines.extend(backup.problems.iter().map(|problem| format!("  {problem}")));
+    }
+    let broken = verified.iter().filter(|verified| !verified.backup.problems.is_empty()).count();
+    lines.push(format!("{} backups checked, {broken} damaged", verified.len()));
+    lines.join("\n")
+}
