@@ -1,1 +1,4 @@
 //! Tests on real parts; `tests/bed/setup` installs them.
+
+mod bed;
+mod smoke;
