@@ -4,6 +4,7 @@
 //! both serve one client at a time. It learns by one byte what has begun or ended, and acts when its pipe closes (the
 //! session was killed) or when the time is up (the session hangs): it thaws, and lets the CPUs run.
 
+use rustix::event::{PollFd, PollFlags};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, SocketFlags, SocketType,
@@ -16,11 +17,13 @@ use std::{
         unix::net::UnixStream,
     },
     process::{Child, Command, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// After this time frozen or stopped, the guest is released whatever the session does.
 const LIMIT: Duration = Duration::from_secs(30);
+/// How long an answer may take.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// The hidden subcommand.
 pub const SUBCOMMAND: &str = "guardian";
 /// Sent on the agent's connection. 0xff: the agent's parser forgets a command that was cut off.
@@ -131,10 +134,10 @@ pub fn run() -> io::Result<()> {
             // The session ended, or the time is up.
             ended => {
                 if frozen {
-                    send(connection(b'a'), THAW);
+                    send(connection(b'a'), THAW, b"return");
                 }
                 if stopped {
-                    send(connection(b'm'), CONT);
+                    send(connection(b'm'), CONT, b"guardian");
                 }
                 let time_is_up = matches!(&ended, Err(error) if error.kind() == io::ErrorKind::WouldBlock);
                 if !time_is_up {
@@ -146,9 +149,30 @@ pub fn run() -> io::Result<()> {
     }
 }
 
-fn send(connection: Option<&OwnedFd>, line: &[u8]) {
-    if let Some(fd) = connection {
-        let _ = rustix::net::send(fd, line, SendFlags::NOSIGNAL);
+/// Sends a command and waits for its answer, which holds `answer`: QEMU forgets what it has not read yet when the
+/// other side hangs up.
+fn send(connection: Option<&OwnedFd>, line: &[u8], answer: &[u8]) {
+    let Some(fd) = connection else { return };
+    // The session may have left the socket non-blocking; the answer is waited for by poll.
+    if rustix::net::send(fd, line, SendFlags::NOSIGNAL).is_err() {
+        return;
+    }
+    let deadline = Instant::now() + ANSWER_LIMIT;
+    let mut seen = Vec::new();
+    while let Some(left) = deadline.checked_duration_since(Instant::now()) {
+        let timeout = rustix::event::Timespec::try_from(left).ok();
+        let mut polled = [PollFd::new(fd, PollFlags::IN)];
+        if !matches!(rustix::event::poll(&mut polled, timeout.as_ref()), Ok(ready) if ready > 0) {
+            return;
+        }
+        let mut buffer = [0; 4096];
+        match rustix::io::read(fd, &mut buffer) {
+            Ok(count) if count > 0 => seen.extend_from_slice(&buffer[..count]),
+            _ => return,
+        }
+        if seen.windows(answer.len()).any(|window| window == answer) || seen.len() > 1 << 20 {
+            return;
+        }
     }
 }
 
