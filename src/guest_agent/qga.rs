@@ -38,16 +38,17 @@ impl QgaSocket {
     }
 
     /// Throws away what an earlier client left in the channel: everything up to the answer with our number.
-    async fn synchronize(&mut self) -> Result<LineDecoder, GuestAgentError> {
+    async fn synchronize(&mut self, then: &str, limit: Duration) -> Result<LineDecoder, GuestAgentError> {
         let number = u64::from(getrandom::u32().unwrap_or(1));
         let mut request = vec![RESET];
         request.extend(
             json!({"execute": "guest-sync-delimited", "arguments": {"id": number}}).to_string().into_bytes(),
         );
         request.push(b'\n');
-        let deadline = Instant::now() + QUICK;
+        request.extend(then.as_bytes());
+        let deadline = Instant::now() + limit;
         self.write(&request).await?;
-        let silent = || GuestAgentError::NoAnswer { command: "guest-sync-delimited".into(), limit: QUICK };
+        let silent = || GuestAgentError::NoAnswer { command: "guest-sync-delimited".into(), limit };
         let mut decoder = LineDecoder::default();
         loop {
             let bytes = timeout_at(deadline, self.read()).await.map_err(|_| silent())??;
@@ -74,14 +75,22 @@ impl QgaSocket {
         }
     }
 
+    /// A command that must only reach an agent that is known to listen.
     async fn call(&mut self, command: &str, limit: Duration) -> Result<Value, GuestAgentError> {
-        let mut decoder = self.synchronize().await?;
+        let decoder = self.synchronize("", QUICK).await?;
         self.write(format!("{}\n", json!({"execute": command})).as_bytes()).await?;
+        self.answer(command, decoder, limit).await
+    }
+
+    async fn answer(
+        &mut self,
+        command: &str,
+        mut decoder: LineDecoder,
+        limit: Duration,
+    ) -> Result<Value, GuestAgentError> {
         let deadline = Instant::now() + limit;
         let silent = || GuestAgentError::NoAnswer { command: command.to_owned(), limit };
         loop {
-            let bytes = timeout_at(deadline, self.read()).await.map_err(|_| silent())??;
-            decoder.push(&bytes);
             match decoder.next_message() {
                 Ok(Some(message)) => {
                     if let Some(error) = message.get("error") {
@@ -95,6 +104,8 @@ impl QgaSocket {
                     return Err(GuestAgentError::Refused { command: command.to_owned(), description: error.to_string() });
                 }
             }
+            let bytes = timeout_at(deadline, self.read()).await.map_err(|_| silent())??;
+            decoder.push(&bytes);
         }
     }
 
@@ -122,11 +133,26 @@ impl GuestAgent for QgaSocket {
     }
 
     fn freeze(&mut self, limit: Duration) -> BoxFuture<'_, Result<u64, GuestAgentError>> {
-        async move { Ok(self.call("guest-fsfreeze-freeze", limit).await?.as_u64().unwrap_or(0)) }.boxed()
+        async move {
+            let answer = self.call("guest-fsfreeze-freeze", limit).await?;
+            let odd = || GuestAgentError::Refused {
+                command: "guest-fsfreeze-freeze".into(),
+                description: "it did not say how many file systems are frozen".into(),
+            };
+            answer.as_u64().ok_or_else(odd)
+        }
+        .boxed()
     }
 
     fn thaw(&mut self, limit: Duration) -> BoxFuture<'_, Result<(), GuestAgentError>> {
-        async move { self.call("guest-fsfreeze-thaw", limit).await.map(drop) }.boxed()
+        // In one piece with the synchronisation: an agent that is still busy freezing answers nothing now, but thaws
+        // as soon as it comes to it, whether or not anybody waits for that.
+        async move {
+            let command = "guest-fsfreeze-thaw";
+            let decoder = self.synchronize(&format!("{}\n", json!({"execute": command})), limit).await?;
+            self.answer(command, decoder, limit).await.map(drop)
+        }
+        .boxed()
     }
 
     fn duplicate_fd(&self) -> Option<OwnedFd> {

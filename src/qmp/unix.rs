@@ -74,9 +74,10 @@ impl UnixMonitor {
     /// Connects, reads the greeting and negotiates.
     pub async fn connect(path: &Path, limits: TimeLimits) -> Result<Self, QmpError> {
         let shown = path.display().to_string();
-        let stream = UnixStream::connect(path)
-            .await
-            .map_err(|source| QmpError::Connect { path: shown.clone(), source })?;
+        let stream = dial(path, limits.greeting).await.map_err(|source| match source.kind() {
+            io::ErrorKind::WouldBlock => QmpError::Occupied { path: shown.clone() },
+            _ => QmpError::Connect { path: shown.clone(), source },
+        })?;
         let mut decoder = LineDecoder::default();
         let greeting = match timeout(limits.greeting, read_message(&stream, &mut decoder)).await {
             Err(_) => return Err(QmpError::Occupied { path: shown }),
@@ -171,6 +172,19 @@ impl Monitor for UnixMonitor {
 impl Drop for UnixMonitor {
     fn drop(&mut self) {
         self.reader.abort();
+    }
+}
+
+/// Connects; while the listener's backlog is full (Linux answers `EAGAIN` at once), tries again until the limit.
+async fn dial(path: &Path, limit: Duration) -> io::Result<UnixStream> {
+    let deadline = tokio::time::Instant::now() + limit;
+    loop {
+        match UnixStream::connect(path).await {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && tokio::time::Instant::now() < deadline => {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            result => return result,
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod bed;
 mod crash;
+mod faults;
 mod instants;
 mod scene;
 mod smoke;

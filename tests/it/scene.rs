@@ -8,7 +8,7 @@ use crate::bed::{
     vm::Vm,
 };
 use serde_json::Value;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use tempfile::TempDir;
 
 /// Size of the disks that the guest writes: not a multiple of the cluster, and two different ones.
@@ -50,7 +50,12 @@ impl Scene {
 
     /// A command with the options that name the VM.
     pub(crate) fn vm_command(&self, command: &str) -> Cli {
-        Cli::new([command, "--qmp"]).arg(self.vm.qmp_socket()).arg("--fleece-dir").arg(self.vm.fleece_directory())
+        self.command_in(command, &self.vm.fleece_directory())
+    }
+
+    /// The same with another fleece directory.
+    pub(crate) fn command_in(&self, command: &str, fleece: &Path) -> Cli {
+        Cli::new([command, "--qmp"]).arg(self.vm.qmp_socket()).arg("--fleece-dir").arg(fleece)
     }
 
     /// Restores a backup; the bytes of its disks in the order of [`VOLUMES`].
@@ -101,12 +106,4 @@ pub(crate) fn is_incremental(report: &Value) -> bool {
 /// The reason of a failed command that prints JSON.
 pub(crate) fn reason(outcome: &Outcome) -> String {
     outcome.json::<Value>()["error"]["reason"].as_str().expect("a reason").to_owned()
-}
-
-/// The only file with this name under a directory of backups, newest backup last.
-pub(crate) fn images(target: &Path, volume: &str) -> Vec<PathBuf> {
-    let mut backups: Vec<PathBuf> =
-        std::fs::read_dir(target.join("web")).expect("backups").flatten().map(|entry| entry.path()).collect();
-    backups.sort();
-    backups.into_iter().map(|backup| backup.join(format!("{volume}.qcow2"))).collect()
 }
