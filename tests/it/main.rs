@@ -1,4 +1,5 @@
 //! Tests on real parts; `tests/bed/setup` installs them.
 
 mod bed;
+mod dependencies;
 mod smoke;
