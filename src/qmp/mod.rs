@@ -6,6 +6,7 @@
 mod codec;
 pub mod command;
 mod error;
+pub mod libvirt;
 mod monitor;
 mod probe;
 mod unix;

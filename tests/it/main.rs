@@ -2,7 +2,10 @@
 
 mod bed;
 mod crash;
+mod dependencies;
 mod faults;
 mod instants;
+mod libvirt;
+mod libvirt_daemon;
 mod scene;
 mod smoke;

@@ -1,0 +1,19 @@
+# `make help` says what there is.
+.PHONY: help demo test bench check
+
+help: ## This list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+demo: ## Backs up a real guest that writes, kills a backup, restores, proves the bytes (root; some minutes)
+	tests/demo/run
+
+test: ## Sets up the test bed and runs all tests (root, for packages)
+	tests/bed/setup
+	cargo test --locked $(TEST_FLAGS) -- --test-threads=2
+
+bench: ## Measures on a real guest
+	bench/run
+
+check: ## Formatting and lints, as CI checks them
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
