@@ -6,6 +6,9 @@
 //!
 //! `cli` → `fleecing`, `mover` → `image`, `nbd`, `guest_agent` → `qmp` → `chain`, `extent`
 
+#[cfg(not(target_pointer_width = "64"))]
+compile_error!("sizes of disks and files are taken for addressable: build for a 64-bit target");
+
 pub mod chain;
 pub mod cli;
 pub mod extent;

@@ -162,10 +162,7 @@ mod tests {
         head.inconsistent = true;
         let actions = settle(LINE, Some("1"), &[head, bitmap("2", true)]);
         let name = |backup| BitmapName::new(LINE, backup).to_string();
-        assert_eq!(
-            actions,
-            [BitmapAction::Remove { name: name("1") }, BitmapAction::Remove { name: name("2") }]
-        );
+        assert_eq!(actions, [BitmapAction::Remove { name: name("1") }, BitmapAction::Remove { name: name("2") }]);
     }
 
     #[test]

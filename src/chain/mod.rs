@@ -8,5 +8,5 @@
 mod bitmap;
 mod plan;
 
-pub use bitmap::{GRANULARITY, BitmapAction, BitmapName, ObservedBitmap, settle};
+pub use bitmap::{BitmapAction, BitmapName, GRANULARITY, ObservedBitmap, settle};
 pub use plan::{BackupType, FullReason, ParentVolume, VolumePlan, plan_volume};

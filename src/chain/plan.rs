@@ -30,7 +30,9 @@ pub enum FullReason {
     #[error("the newest backup does not have this volume")]
     NotInParent,
     /// The bitmap that recorded since the newest backup is gone. Absent never means "nothing changed".
-    #[error("the dirty bitmap is gone: QEMU was restarted or the VM migrated since the newest backup, or somebody removed it")]
+    #[error(
+        "the dirty bitmap is gone: QEMU was restarted or the VM migrated since the newest backup, or somebody removed it"
+    )]
     BitmapMissing,
     /// QEMU was killed while the bitmap was in use.
     #[error("the dirty bitmap is inconsistent: QEMU was not shut down cleanly")]
@@ -160,8 +162,7 @@ mod tests {
 
     #[test]
     fn a_recording_bitmap_of_the_newest_backup_allows_an_incremental() {
-        let expected =
-            VolumePlan::Incremental { parent: "1".into(), bitmap: BitmapName::new(LINE, "1"), grown: None };
+        let expected = VolumePlan::Incremental { parent: "1".into(), bitmap: BitmapName::new(LINE, "1"), grown: None };
         assert_eq!(plan(10 * MIB, &[good()]), expected);
     }
 

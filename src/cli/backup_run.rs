@@ -17,7 +17,8 @@ use crate::{
     },
     image::{
         BackupId, ChainDirectory, FORMAT_VERSION, ImageError, ImageSink, Manifest, ManifestVolume, PartialBackup,
-        SkippedVolume, qcow2::{Qcow2Options, Qcow2Writer},
+        SkippedVolume,
+        qcow2::{Qcow2Options, Qcow2Writer},
         volume_chain,
     },
     mover::{Bandwidth, PullProgress, PullRequest, PullSummary, pull},
@@ -54,9 +55,9 @@ struct Plan {
 
 pub(super) async fn run(args: &BackupArgs) -> Result<Report, CliError> {
     let started = Timestamp::now();
-    let connection = args.vm_args.connect().await?;
+    let mut connection = args.vm_args.connect().await?;
     let _lock = connection.lock(Duration::from_secs(args.wait)).await?;
-    let mut agent = args.vm_args.agent().await;
+    let mut agent = std::mem::replace(&mut connection.agent, Ok(None));
     let mut journal = connection.journal();
     let recovered = {
         let agent = agent.as_mut().ok().and_then(Option::as_mut);
@@ -164,9 +165,8 @@ async fn plan(
 }
 
 fn new_line() -> Result<String, CliError> {
-    let random = getrandom::u32().map_err(|error| {
-        CliError::Session(SessionError::local("taking randomness")(std::io::Error::other(error)))
-    })?;
+    let random = getrandom::u32()
+        .map_err(|error| CliError::Session(SessionError::local("taking randomness")(std::io::Error::other(error))))?;
     Ok(format!("{random:08x}"))
 }
 
@@ -189,13 +189,12 @@ async fn run_session(
     };
     let needs_guardian = quiesce.is_wanted() || plan.engine.engine == Engine::Filter;
     let mut guardian = if needs_guardian {
-        let monitor = connection.monitor_fd.as_ref().and_then(|fd| fd.try_clone().ok());
-        Guardian::start(monitor, quiesce.duplicate_fd()).map_err(SessionError::local("starting the guardian process"))?
+        let ways = connection.ways(quiesce.duplicate_fd());
+        Guardian::start(ways).map_err(SessionError::local("starting the guardian process"))?
     } else {
         Guardian::none()
     };
-    let mut session =
-        Session::prepare(connection.qmp.clone(), connection.directory.clone(), journal, request).await?;
+    let mut session = Session::prepare(connection.qmp.clone(), connection.directory.clone(), journal, request).await?;
     let copied = tokio::select! {
         copied = copy(args, &mut session, sinks, &mut quiesce, &mut guardian) => copied,
         error = signal() => Err(error),
@@ -402,9 +401,7 @@ async fn discard(partial: PartialBackup) {
 }
 
 /// Work on the target, which may hang: not longer than a minute.
-async fn in_background(
-    work: impl FnOnce() -> Result<(), ImageError> + Send + 'static,
-) -> Result<(), ImageError> {
+async fn in_background(work: impl FnOnce() -> Result<(), ImageError> + Send + 'static) -> Result<(), ImageError> {
     let (sender, receiver) = tokio::sync::oneshot::channel();
     std::thread::spawn(move || {
         let _ = sender.send(work());

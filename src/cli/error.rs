@@ -33,7 +33,9 @@ pub enum CliError {
     #[error(transparent)]
     Image(#[from] ImageError),
     /// The target takes nothing any more.
-    #[error("the target took no data for {seconds} seconds; see whether it is reachable and has space (--stall-timeout)")]
+    #[error(
+        "the target took no data for {seconds} seconds; see whether it is reachable and has space (--stall-timeout)"
+    )]
     Stalled {
         /// Seconds.
         seconds: u64,

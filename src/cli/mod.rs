@@ -48,7 +48,7 @@ enum Command {
     /// Remove what a backup that was killed left in a VM, and release the guest
     Recover(recover::RecoverArgs),
     #[command(hide = true, name = crate::fleecing::guardian::SUBCOMMAND)]
-    Guardian,
+    Guardian { socket: Option<std::path::PathBuf>, domain: Option<String> },
 }
 
 const EXIT_CODES: &str = "\
@@ -58,8 +58,12 @@ Exit codes: 0 done, 2 wrong usage, 3 VM unreachable, 4 backup failed, 5 damaged 
 /// Runs the program.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    if matches!(cli.command, Command::Guardian) {
-        return if crate::fleecing::guardian::run().is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    if let Command::Guardian { socket, domain } = cli.command {
+        return if crate::fleecing::guardian::run(socket.zip(domain).as_ref()).is_ok() {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        };
     }
     start_logging(cli.verbose);
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
@@ -90,7 +94,7 @@ async fn run(command: Command) -> Result<ExitCode, CliError> {
         Command::Restore(args) => restore::run(args).await,
         Command::Inspect(args) => inspect::run(args).await,
         Command::Recover(args) => recover::run(args).await,
-        Command::Guardian => Ok(ExitCode::SUCCESS),
+        Command::Guardian { .. } => Ok(ExitCode::SUCCESS),
     }
 }
 
@@ -103,7 +107,7 @@ impl Command {
             Self::Restore(args) => args.output,
             Self::Inspect(args) => args.output,
             Self::Recover(args) => args.output,
-            Self::Guardian => Output::Text,
+            Self::Guardian { .. } => Output::Text,
         }
     }
 }

@@ -61,20 +61,16 @@ impl Progress {
             return;
         }
         self.last_line = Instant::now();
-        let (done, total) = self.bars.iter().fold((0, 0), |(done, total), (_, bar)| {
-            (done + bar.position(), total + bar.length().unwrap_or(0))
-        });
+        let (done, total) = self
+            .bars
+            .iter()
+            .fold((0, 0), |(done, total), (_, bar)| (done + bar.position(), total + bar.length().unwrap_or(0)));
         let seconds = self.begun.elapsed().as_secs_f64().max(0.001);
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate to show")]
         let rate = (done as f64 / seconds) as u64;
-        let left = if rate == 0 { "unknown time".into() } else { format!("{} s", total.saturating_sub(done) / rate) };
-        eprintln!(
-            "{}: {} of {}, {}/s, {left} left",
-            self.verb,
-            show_size(done),
-            show_size(total),
-            show_size(rate)
-        );
+        let left = total.saturating_sub(done).checked_div(rate);
+        let left = left.map_or_else(|| "unknown time".into(), |seconds| format!("{seconds} s"));
+        eprintln!("{}: {} of {}, {}/s, {left} left", self.verb, show_size(done), show_size(total), show_size(rate));
     }
 
     /// Takes the bars away.

@@ -9,8 +9,10 @@ use clap::Args;
 use std::{process::ExitCode, time::Duration};
 
 #[derive(Debug, Args)]
-#[command(after_help = "`virt-fleece backup` does the same before it begins. Nothing of other tools is touched, and it \
-    can be run at any time.\n\nExample:\n  virt-fleece recover --qmp /run/vm/web.qmp")]
+#[command(
+    after_help = "`virt-fleece backup` does the same before it begins. Nothing of other tools is touched, and it \
+    can be run at any time.\n\nExample:\n  virt-fleece recover --qmp /run/vm/web.qmp"
+)]
 pub(super) struct RecoverArgs {
     #[command(flatten)]
     vm_args: VmArgs,
@@ -20,11 +22,11 @@ pub(super) struct RecoverArgs {
 }
 
 pub(super) async fn run(args: RecoverArgs) -> Result<ExitCode, CliError> {
-    let connection = args.vm_args.connect().await?;
+    let mut connection = args.vm_args.connect().await?;
     let _lock = connection.lock(Duration::ZERO).await?;
-    let mut agent = args.vm_args.agent().await;
-    let agent = agent.as_mut().ok().and_then(Option::as_mut);
-    let recovered = recover(&connection.qmp, &mut connection.journal(), agent, head_of_leftover).await?;
+    let mut journal = connection.journal();
+    let agent = connection.agent.as_mut().ok().and_then(Option::as_mut);
+    let recovered = recover(&connection.qmp, &mut journal, agent, head_of_leftover).await?;
     args.output.result(&recovered, || text(&recovered));
     Ok(ExitCode::SUCCESS)
 }

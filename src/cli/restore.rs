@@ -15,11 +15,13 @@ use std::{
 };
 
 #[derive(Debug, Args)]
-#[command(after_help = "The whole chain is checked before anything is written. The backups themselves are not changed.\n\n\
+#[command(
+    after_help = "The whole chain is checked before anything is written. The backups themselves are not changed.\n\n\
     Examples:\n  virt-fleece restore --qcow2-dir /backup --vm web --output /restored\n  \
     virt-fleece restore --qcow2-dir /backup --vm web --backup 20261125T010203Z-00ff00ff \\\n      \
     --volume rootdisk --output /dev/vg0/web-root\n\n\
-    Without this program: qemu-img convert -O raw /backup/web/ID/rootdisk.qcow2 rootdisk.raw")]
+    Without this program: qemu-img convert -O raw /backup/web/ID/rootdisk.qcow2 rootdisk.raw"
+)]
 pub(super) struct RestoreArgs {
     /// Directory with backups
     #[arg(long, value_name = "DIR")]
@@ -104,13 +106,12 @@ fn restore(args: &RestoreArgs, cancelled: &AtomicBool) -> Result<Restored, CliEr
         Format::Raw => (RestoreFormat::Raw, "raw"),
         Format::Qcow2 => (RestoreFormat::Qcow2, "qcow2"),
     };
-    let targets: Vec<(String, PathBuf)> = match &args.volume {
-        Some(volume) => vec![(volume.clone(), target.clone())],
-        None => {
-            std::fs::create_dir_all(target).map_err(ImageError::io("create", target))?;
-            let path = |name: &str| target.join(format!("{name}.{extension}"));
-            manifest.volumes.iter().map(|volume| (volume.name.clone(), path(&volume.name))).collect()
-        }
+    let targets: Vec<(String, PathBuf)> = if let Some(volume) = &args.volume {
+        vec![(volume.clone(), target.clone())]
+    } else {
+        std::fs::create_dir_all(target).map_err(ImageError::io("create", target))?;
+        let path = |name: &str| target.join(format!("{name}.{extension}"));
+        manifest.volumes.iter().map(|volume| (volume.name.clone(), path(&volume.name))).collect()
     };
     // Before the first byte: all targets are free.
     let taken = targets.iter().find(|(_, path)| args.volume.is_none() && !args.force && path.exists());

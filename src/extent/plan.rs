@@ -24,7 +24,12 @@ pub struct Run {
 /// (`None`: everything counts). `always` counts as dirty whatever the map says. The shorter map decides how far this
 /// goes (the tail of the longer one must not be dropped: the caller asks again from the returned end); work is in
 /// ascending order.
-pub fn plan(start: u64, zero: &[Run], dirty: Option<&[Run]>, always: Option<ByteRange>) -> (Vec<(ByteRange, Work)>, u64) {
+pub fn plan(
+    start: u64,
+    zero: &[Run],
+    dirty: Option<&[Run]>,
+    always: Option<ByteRange>,
+) -> (Vec<(ByteRange, Work)>, u64) {
     let everything = [Run { length: u64::MAX - start, set: true }];
     let dirty = dirty.unwrap_or(&everything);
     let mut zero = Cursor::new(start, zero);

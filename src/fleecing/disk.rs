@@ -230,13 +230,12 @@ impl BlockGraph {
     /// Asks QEMU. `x-debug-query-block-graph` has been there since 4.0; `children` in `query-named-block-nodes` came
     /// with 10.1 only.
     pub async fn query(qmp: &Qmp) -> Result<Self, SessionError> {
-        let graph = qmp
-            .execute(&command::QueryBlockGraph {})
-            .await
-            .map_err(SessionError::qmp("reading the block graph"))?;
+        let graph =
+            qmp.execute(&command::QueryBlockGraph {}).await.map_err(SessionError::qmp("reading the block graph"))?;
         let names: HashMap<u64, &str> = graph.nodes.iter().map(|node| (node.id, node.name.as_str())).collect();
         let name = |id: &u64| names.get(id).map(|name| (*name).to_owned());
-        let edges = graph.edges.iter().filter_map(|edge| Some((name(&edge.parent)?, edge.name.clone(), name(&edge.child)?)));
+        let edges =
+            graph.edges.iter().filter_map(|edge| Some((name(&edge.parent)?, edge.name.clone(), name(&edge.child)?)));
         Ok(Self { edges: edges.collect() })
     }
 

@@ -28,7 +28,9 @@ pub enum SessionError {
         source: io::Error,
     },
     /// There is no space for a fleece.
-    #[error("not enough space for the fleece in {path}: {available} bytes are free; free some, or name another --fleece-dir")]
+    #[error(
+        "not enough space for the fleece in {path}: {available} bytes are free; free some, or name another --fleece-dir"
+    )]
     NoFleeceSpace {
         /// The directory.
         path: PathBuf,
@@ -105,7 +107,9 @@ pub enum SessionError {
         detail: String,
     },
     /// The fleece took all the space that it may.
-    #[error("the fleece reached its limit of {limit} bytes: the guest overwrote too much while the backup ran; give it more space (--fleece-dir, --fleece-limit) or back up at a quieter time")]
+    #[error(
+        "the fleece reached its limit of {limit} bytes: the guest overwrote too much while the backup ran; give it more space (--fleece-dir, --fleece-limit) or back up at a quieter time"
+    )]
     FleeceFull {
         /// The limit in bytes.
         limit: u64,
@@ -184,7 +188,9 @@ impl Reason for SessionError {
     fn retry(&self) -> Retry {
         match self {
             Self::Qmp { source, .. } => source.retry(),
-            Self::Busy { .. } | Self::Quiesce { .. } | Self::FleeceFull { .. } | Self::SnapshotBroken { .. } => Retry::Backoff,
+            Self::Busy { .. } | Self::Quiesce { .. } | Self::FleeceFull { .. } | Self::SnapshotBroken { .. } => {
+                Retry::Backoff
+            }
             _ => Retry::Terminal,
         }
     }

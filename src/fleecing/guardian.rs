@@ -4,6 +4,14 @@
 //! both serve one client at a time. It learns by one byte what has begun or ended, and acts when its pipe closes (the
 //! session was killed) or when the time is up (the session hangs): it thaws, and lets the CPUs run.
 
+use crate::{
+    guest_agent::{GuestAgent, LibvirtAgent},
+    qmp::{
+        Qmp, TimeLimits,
+        command::Cont,
+        libvirt::{LibvirtConnection, LibvirtMonitor},
+    },
+};
 use rustix::event::{PollFd, PollFlags};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
@@ -16,7 +24,9 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::net::UnixStream,
     },
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -31,6 +41,17 @@ const THAW: &[u8] = b"\xff{\"execute\":\"guest-fsfreeze-thaw\"}\n";
 /// Sent on the monitor's connection. The line end ends a command that was cut off.
 const CONT: &[u8] = b"\n{\"execute\":\"cont\",\"id\":\"guardian\"}\n";
 
+/// The ways to a VM's monitor and guest agent.
+#[derive(Debug, Default)]
+pub struct Ways {
+    /// A duplicate of the connection to a QMP socket.
+    pub monitor: Option<OwnedFd>,
+    /// A duplicate of the connection to a guest agent's socket.
+    pub agent: Option<OwnedFd>,
+    /// libvirt's socket and the domain's UUID. libvirt takes any number of clients.
+    pub libvirt: Option<(PathBuf, String)>,
+}
+
 /// The guardian of one session. Dropping it ends it; it acts then if anything is still watched.
 #[derive(Debug)]
 pub struct Guardian {
@@ -38,12 +59,15 @@ pub struct Guardian {
 }
 
 impl Guardian {
-    /// Starts it, with duplicates of the connections to what it has to release.
-    pub fn start(monitor: Option<OwnedFd>, agent: Option<OwnedFd>) -> io::Result<Self> {
+    /// Starts it, with the ways to what it has to release.
+    pub fn start(ways: Ways) -> io::Result<Self> {
+        let Ways { monitor, agent, libvirt } = ways;
         let (ours, theirs) =
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+        let libvirt = libvirt.into_iter().flat_map(|(socket, domain)| [socket.into_os_string(), domain.into()]);
         let child = Command::new(std::env::current_exe()?)
             .arg(SUBCOMMAND)
+            .args(libvirt)
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -110,8 +134,8 @@ impl Drop for Guardian {
     }
 }
 
-/// What the hidden subcommand does: standard input is the session.
-pub fn run() -> io::Result<()> {
+/// What the hidden subcommand does: standard input is the session, the arguments are libvirt's socket and the domain.
+pub fn run(libvirt: Option<&(PathBuf, String)>) -> io::Result<()> {
     // A signal to the terminal's process group is for the session; the guardian outlives it.
     let _ = rustix::process::setsid();
     let session = io::stdin().as_fd().try_clone_to_owned()?;
@@ -139,6 +163,11 @@ pub fn run() -> io::Result<()> {
                 if stopped {
                     send(connection(b'm'), CONT, b"guardian");
                 }
+                if let Some((socket, domain)) = libvirt
+                    && (frozen || stopped)
+                {
+                    release_through_libvirt(socket, domain, frozen, stopped)?;
+                }
                 let time_is_up = matches!(&ended, Err(error) if error.kind() == io::ErrorKind::WouldBlock);
                 if !time_is_up {
                     return Ok(());
@@ -147,6 +176,25 @@ pub fn run() -> io::Result<()> {
             }
         }
     }
+}
+
+fn release_through_libvirt(socket: &Path, domain: &str, frozen: bool, stopped: bool) -> io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let connection = LibvirtConnection::connect(socket, TimeLimits::default()).await.map_err(io::Error::other)?;
+        let uuid = domain.parse().map_err(io::Error::other)?;
+        let domain = connection.domain_by_uuid(uuid).await.map_err(io::Error::other)?;
+        let monitor = LibvirtMonitor::open(Arc::new(connection), &domain).await.map_err(io::Error::other)?;
+        let monitor = Arc::new(monitor);
+        if stopped {
+            let qmp = Qmp::new(Arc::<LibvirtMonitor>::clone(&monitor));
+            qmp.execute(&Cont {}).await.map_err(io::Error::other)?;
+        }
+        if frozen {
+            LibvirtAgent(monitor).thaw(LIMIT).await.map_err(io::Error::other)?;
+        }
+        Ok(())
+    })
 }
 
 /// Sends a command and waits for its answer, which holds `answer`: QEMU forgets what it has not read yet when the

@@ -146,9 +146,7 @@ impl Journal {
         line.push(b'\n');
         let file = match &mut self.file {
             Some(file) => file,
-            None => self.file.insert(
-                OpenOptions::new().create(true).append(true).mode(0o600).open(&self.path)?,
-            ),
+            None => self.file.insert(OpenOptions::new().create(true).append(true).mode(0o600).open(&self.path)?),
         };
         file.write_all(&line)?;
         file.sync_data()?;
@@ -185,13 +183,7 @@ mod tests {
     use super::*;
 
     fn begin() -> Begin {
-        Begin {
-            backup: "b".into(),
-            bitmap_line: "0123abcd".into(),
-            target: "/t".into(),
-            vm: "vm".into(),
-            pid: 1,
-        }
+        Begin { backup: "b".into(), bitmap_line: "0123abcd".into(), target: "/t".into(), vm: "vm".into(), pid: 1 }
     }
 
     #[test]
@@ -213,8 +205,7 @@ mod tests {
 
     #[test]
     fn a_thaw_ends_a_freeze() {
-        let leftover =
-            Leftover { begin: begin(), entries: vec![Entry::Begin(begin()), Entry::Freeze, Entry::Thawed] };
+        let leftover = Leftover { begin: begin(), entries: vec![Entry::Begin(begin()), Entry::Freeze, Entry::Thawed] };
         assert!(!leftover.is_frozen());
     }
 }

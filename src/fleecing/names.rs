@@ -139,14 +139,9 @@ mod tests {
     #[test]
     fn node_names_fit_qemus_31_bytes_and_read_back() {
         let slot = Slot(u16::MAX);
-        for name in [
-            slot.filter(),
-            slot.snapshot(),
-            slot.fleece(),
-            slot.fleece_file(),
-            slot.target(),
-            slot.target_file(),
-        ] {
+        for name in
+            [slot.filter(), slot.snapshot(), slot.fleece(), slot.fleece_file(), slot.target(), slot.target_file()]
+        {
             assert!(name.len() <= 31, "{name}");
             assert_eq!(node_slot(&name).map(|(slot, _)| slot), Some(slot));
         }

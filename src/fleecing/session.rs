@@ -199,8 +199,7 @@ impl Session {
         };
         self.qmp.execute(&create).await.map_err(attempt())?;
         self.wait_for_create(slot, volume).await?;
-        let options =
-            NodeOptions::Qcow2 { file: slot.fleece_file(), backing: Some(volume.format_node.clone()) };
+        let options = NodeOptions::Qcow2 { file: slot.fleece_file(), backing: Some(volume.format_node.clone()) };
         let add = BlockdevAdd { node_name: slot.fleece(), options };
         self.qmp.execute(&add).await.map_err(attempt())?;
         Ok(())
@@ -211,11 +210,7 @@ impl Session {
         let deadline = Instant::now() + CREATE_LIMIT;
         loop {
             let jobs = self.qmp.execute(&QueryJobs {}).await.map_err(SessionError::qmp("formatting the fleece"))?;
-            let lost = |detail: String| SessionError::JobLost {
-                volume: volume.name.clone(),
-                job: id.clone(),
-                detail,
-            };
+            let lost = |detail: String| SessionError::JobLost { volume: volume.name.clone(), job: id.clone(), detail };
             let Some(job) = jobs.into_iter().find(|job| job.id == id) else {
                 return Err(lost("it disappeared".into()));
             };
@@ -254,23 +249,19 @@ impl Session {
     /// Freezes if wanted, makes the point in time, thaws. On an error the guest runs and is thawed; the caller ends
     /// the session.
     pub async fn cut(&mut self, quiesce: &mut Quiesce, guardian: &mut Guardian) -> Result<Cut, SessionError> {
-        let frozen = match quiesce.is_wanted() {
-            true => {
-                self.note(&Entry::Freeze)?;
-                let frozen = quiesce.freeze(guardian).await;
-                // Thawed right behind the cut, whatever comes of either.
-                let result = match frozen {
-                    Ok(()) => self.make_cut(guardian).await,
-                    Err(error) => Err(error),
-                };
-                let outcome = quiesce.thaw(guardian).await;
-                self.note(&Entry::Thawed)?;
-                return result.map(|(point_in_time, pause)| Cut { point_in_time, pause, quiesce: outcome });
-            }
-            false => quiesce.outcome(),
+        if !quiesce.is_wanted() {
+            let (point_in_time, pause) = self.make_cut(guardian).await?;
+            return Ok(Cut { point_in_time, pause, quiesce: quiesce.outcome() });
+        }
+        self.note(&Entry::Freeze)?;
+        let result = match quiesce.freeze(guardian).await {
+            Ok(()) => self.make_cut(guardian).await,
+            Err(error) => Err(error),
         };
-        let (point_in_time, pause) = self.make_cut(guardian).await?;
-        Ok(Cut { point_in_time, pause, quiesce: frozen })
+        // Right behind the cut, whatever came of it.
+        let outcome = quiesce.thaw(guardian).await;
+        self.note(&Entry::Thawed)?;
+        result.map(|(point_in_time, pause)| Cut { point_in_time, pause, quiesce: outcome })
     }
 
     async fn make_cut(&mut self, guardian: &mut Guardian) -> Result<(Timestamp, Duration), SessionError> {

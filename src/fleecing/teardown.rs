@@ -135,9 +135,8 @@ async fn one_pass(qmp: &Qmp, seen: &Observation, nbd_server: &mut bool) -> Resul
         }
     }
     let owned_by_job = |node: &str| {
-        names::node_slot(node).is_some_and(|(slot, _)| {
-            seen.jobs.iter().any(|(id, _)| names::job(id) == Some((slot, JobKind::Fleece)))
-        })
+        names::node_slot(node)
+            .is_some_and(|(slot, _)| seen.jobs.iter().any(|(id, _)| names::job(id) == Some((slot, JobKind::Fleece))))
     };
     let filters: Vec<_> =
         seen.nodes.iter().filter(|node| is_kind(node, Slot::filter) && !owned_by_job(node)).cloned().collect();

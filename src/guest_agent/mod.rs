@@ -1,8 +1,10 @@
 //! The QEMU guest agent: freezing and thawing the guest's file systems.
 
 mod qga;
+mod through_libvirt;
 
 pub use qga::QgaSocket;
+pub use through_libvirt::LibvirtAgent;
 
 use crate::{
     qmp::QmpError,

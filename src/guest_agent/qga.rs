@@ -41,9 +41,8 @@ impl QgaSocket {
     async fn synchronize(&mut self, then: &str, limit: Duration) -> Result<LineDecoder, GuestAgentError> {
         let number = u64::from(getrandom::u32().unwrap_or(1));
         let mut request = vec![RESET];
-        request.extend(
-            json!({"execute": "guest-sync-delimited", "arguments": {"id": number}}).to_string().into_bytes(),
-        );
+        request
+            .extend(json!({"execute": "guest-sync-delimited", "arguments": {"id": number}}).to_string().into_bytes());
         request.push(b'\n');
         request.extend(then.as_bytes());
         let deadline = Instant::now() + limit;
@@ -94,14 +93,18 @@ impl QgaSocket {
             match decoder.next_message() {
                 Ok(Some(message)) => {
                     if let Some(error) = message.get("error") {
-                        let description = error["desc"].as_str().unwrap_or("no reason given").chars().take(500).collect();
+                        let description =
+                            error["desc"].as_str().unwrap_or("no reason given").chars().take(500).collect();
                         return Err(GuestAgentError::Refused { command: command.to_owned(), description });
                     }
                     return Ok(message["return"].clone());
                 }
                 Ok(None) => {}
                 Err(error) => {
-                    return Err(GuestAgentError::Refused { command: command.to_owned(), description: error.to_string() });
+                    return Err(GuestAgentError::Refused {
+                        command: command.to_owned(),
+                        description: error.to_string(),
+                    });
                 }
             }
             let bytes = timeout_at(deadline, self.read()).await.map_err(|_| silent())??;

@@ -43,7 +43,7 @@ impl ChainDirectory {
 
     /// The VMs that have a directory here, sorted.
     pub fn vms(&self) -> Result<Vec<String>, ImageError> {
-        let mut vms = self.names(&self.path)?;
+        let mut vms = Self::names(&self.path)?;
         vms.retain(|name| check_name("VM", name).is_ok() && self.path.join(name).is_dir());
         Ok(vms)
     }
@@ -53,7 +53,7 @@ impl ChainDirectory {
         check_name("VM", vm)?;
         let directory = self.path.join(vm);
         let mut manifests = Vec::new();
-        for name in self.names(&directory)? {
+        for name in Self::names(&directory)? {
             if let Ok(id) = name.parse::<BackupId>() {
                 manifests.extend(self.manifest(vm, &id)?);
             }
@@ -115,7 +115,7 @@ impl ChainDirectory {
             Err(rustix::io::Errno::WOULDBLOCK) => return Err(ImageError::Busy { path }),
             Err(error) => return Err(ImageError::io("lock", &path)(error.into())),
         }
-        for name in self.names(&path)? {
+        for name in Self::names(&path)? {
             if name.strip_suffix(PARTIAL).is_some_and(|id| id.parse::<BackupId>().is_ok()) {
                 let partial = path.join(&name);
                 tracing::info!(path = %partial.display(), "removing what an unfinished backup left");
@@ -125,7 +125,7 @@ impl ChainDirectory {
         Ok(VmDirectory { directory: self.clone(), vm: vm.to_owned(), handle })
     }
 
-    fn names(&self, path: &Path) -> Result<Vec<String>, ImageError> {
+    fn names(path: &Path) -> Result<Vec<String>, ImageError> {
         let entries = match fs::read_dir(path) {
             Ok(entries) => entries,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -214,6 +214,8 @@ pub(super) fn check_name(what: &'static str, name: &str) -> Result<(), ImageErro
     let plain = !name.is_empty()
         && name.len() <= 200
         && !name.starts_with('.')
-        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'#' | b'@' | b':' | b'+'));
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'#' | b'@' | b':' | b'+'));
     if plain { Ok(()) } else { Err(ImageError::BadName { what, name: name.to_owned() }) }
 }

@@ -49,7 +49,11 @@ impl FromStr for BackupId {
         let is_id = text.len() == 25
             && shape.starts_with("00000000T000000Z-")
             && shape[17..].bytes().all(|b| b == b'0' || b == b'a');
-        if is_id { Ok(Self(text.to_owned())) } else { Err(ImageError::BadName { what: "backup id", name: text.into() }) }
+        if is_id {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(ImageError::BadName { what: "backup id", name: text.into() })
+        }
     }
 }
 

@@ -15,7 +15,7 @@ pub use manifest::{BackupId, FORMAT_VERSION, Manifest, ManifestVolume, SkippedVo
 pub use raw::RawSink;
 pub use restore::{RestoreFormat, RestoreRequest, RestoredVolume, restore_volume};
 pub use sink::{ImageSink, SinkSummary};
-pub use verify::{VerifiedBackup, volume_chain, verify_backup};
+pub use verify::{VerifiedBackup, verify_backup, volume_chain};
 
 use std::{fs::File, os::unix::fs::FileExt, path::Path};
 

@@ -10,7 +10,7 @@ use std::{
     path::PathBuf,
 };
 
-const ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
 /// Writes a disk's content as it is.
 #[derive(Debug)]

@@ -72,9 +72,9 @@ pub fn volume_chain(
             image,
         });
         let Some(parent) = parent else { return Ok(links) };
-        current = directory.manifest(&current.vm, &parent)?.ok_or_else(|| {
-            ImageError::damaged(path, format!("the backup {parent} that it builds on is missing"))
-        })?;
+        current = directory
+            .manifest(&current.vm, &parent)?
+            .ok_or_else(|| ImageError::damaged(path, format!("the backup {parent} that it builds on is missing")))?;
     }
 }
 
@@ -89,6 +89,7 @@ pub struct VerifiedBackup {
 
 /// Checks all volumes of a backup down to their full images. Files in `known_good` were read before and are not read
 /// again; `on_file` is called for each that is read, with its bytes.
+#[allow(clippy::implicit_hasher, reason = "one caller, one set")]
 pub fn verify_backup(
     directory: &ChainDirectory,
     manifest: &Manifest,

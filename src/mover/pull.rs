@@ -334,7 +334,8 @@ impl Reader<'_> {
     async fn receive(&mut self) -> Result<(), PullError> {
         let chunk = self.client.receive(nbd::REQUEST).await?;
         let stray = || PullError::from(NbdError::Protocol("an answer that nobody asked for".into()));
-        let asked = self.asked.iter_mut().find(|asked| asked.cookie == chunk.cookie && !asked.done).ok_or_else(stray)?;
+        let asked =
+            self.asked.iter_mut().find(|asked| asked.cookie == chunk.cookie && !asked.done).ok_or_else(stray)?;
         let (offset, length) = match &chunk.content {
             Content::Data { offset, bytes } => (*offset, bytes.len() as u64),
             Content::Hole { offset, length } => (*offset, u64::from(*length)),

@@ -11,8 +11,8 @@ mod handshake;
 mod wire;
 
 pub use client::{Chunk, Content, NbdClient, StatusExtent};
-pub(crate) use wire::{STATE_DIRTY, STATE_ZERO};
 pub use error::NbdError;
+pub(crate) use wire::{STATE_DIRTY, STATE_ZERO};
 
 /// Bytes of one read request. Small requests keep QEMU's memory small (KubeVirt budgets 50 MiB for all of QEMU's
 /// overhead) and fit the credit.

@@ -1,4 +1,4 @@
-//! Numbers of the NBD protocol (`proto.md` of the NetworkBlockDevice project).
+//! Numbers of the NBD protocol (`proto.md` of the `NetworkBlockDevice` project).
 
 pub(super) const MAGIC_INIT: u64 = 0x4e42_444d_4147_4943;
 pub(super) const MAGIC_OPTION: u64 = 0x4948_4156_454f_5054;

@@ -2,9 +2,7 @@
 
 use super::{
     Qmp, QmpError,
-    command::{
-        BlockdevAdd, BlockdevDel, NodeOptions, QueryNamedBlockNodes, QueryQmpSchema, QueryVersion, VersionInfo,
-    },
+    command::{BlockdevAdd, BlockdevDel, NodeOptions, QueryNamedBlockNodes, QueryQmpSchema, QueryVersion, VersionInfo},
 };
 use serde_json::Value;
 use std::collections::HashMap;

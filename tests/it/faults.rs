@@ -51,9 +51,8 @@ fn goes_on(scene: &Scene, mut control: Control, target: &Path) {
 
 /// No backup but those that were complete before.
 fn complete_backups(target: &Path) -> usize {
-    std::fs::read_dir(target.join("web")).map_or(0, |entries| {
-        entries.flatten().filter(|entry| entry.path().join("manifest.json").exists()).count()
-    })
+    std::fs::read_dir(target.join("web"))
+        .map_or(0, |entries| entries.flatten().filter(|entry| entry.path().join("manifest.json").exists()).count())
 }
 
 /// A backup that takes long enough to be disturbed: 16 MiB on each disk at 2 MiB/s.
@@ -140,12 +139,14 @@ fn a_stalled_target_and_a_frozen_tool_do_not_touch_the_guest() {
 /// is never taken for a good backup, also where QEMU says nothing (qcow2 overlay on the allow-listed flavour).
 #[test]
 fn a_broken_snapshot_is_never_a_backup() {
-    for (flavour, engine) in flavours().into_iter().map(|flavour| (flavour, "auto")).chain([(Flavour::Next, "filter")]) {
+    for (flavour, engine) in flavours().into_iter().map(|flavour| (flavour, "auto")).chain([(Flavour::Next, "filter")])
+    {
         let scene = Scene::new(flavour, false);
         let fleece = TmpfsTarget::new(320 << 20);
         let mut control = scene.vm.control();
         write(&scene, &mut control, 1, 24 << 10, 0);
-        let backup = scene.command_in("backup", &fleece.path().join("fleece")).arg("--vm").arg("web").arg("-o").arg("json");
+        let backup =
+            scene.command_in("backup", &fleece.path().join("fleece")).arg("--vm").arg("web").arg("-o").arg("json");
         let backup = backup.arg("--qcow2-dir").arg(scene.target.path());
         let backup = backup.arg("--engine").arg(engine).arg("--bandwidth-limit").arg("4MiB/s");
         let running = backup.spawn();

@@ -36,7 +36,8 @@ fn every_backup_is_an_instant(flavour: Flavour, engine: &str, options: &[&str]) 
     let mut replay = Replay::new(&stream);
     for (report, before, after) in &points {
         let images = scene.restored(&id(report));
-        let found = PointInTime::find_after(&images, &replay).unwrap_or_else(|error| panic!("{flavour:?}: {error}\n{report}"));
+        let found =
+            PointInTime::find_after(&images, &replay).unwrap_or_else(|error| panic!("{flavour:?}: {error}\n{report}"));
         found.assert_between(before, after);
         replay.advance_all(&found.numbers());
     }

@@ -1,6 +1,10 @@
 //! The libvirt transport against a real session daemon, from a root client, as on a `KubeVirt` node.
+#![allow(clippy::unwrap_used, reason = "tests")]
 
-use crate::libvirt_daemon::{Boot, Bus, Disk, LibvirtDaemon, bed};
+use crate::{
+    bed::flavour::Flavour,
+    libvirt_daemon::{Boot, Bus, Disk, LibvirtDaemon},
+};
 use rustix::process::{Signal, kill_process};
 use serde_json::{Value, json};
 use std::{
@@ -19,7 +23,7 @@ const LIMITS: TimeLimits = TimeLimits { greeting: Duration::from_secs(30), comma
 /// A daemon with one machine that stays in its firmware.
 fn daemon() -> LibvirtDaemon {
     let daemon = LibvirtDaemon::start();
-    let xml = daemon.domain_xml("ns_vm", &bed("QEMU_10").unwrap(), &[], None, &["org.qemu.guest_agent.0"]);
+    let xml = daemon.domain_xml("ns_vm", &Flavour::Qemu10.binary(), &[], None, &["org.qemu.guest_agent.0"]);
     daemon.define_and_start(&xml);
     daemon
 }
@@ -49,7 +53,7 @@ async fn a_session_daemon_is_opened_and_its_domains_are_found() {
     assert_eq!(connection.driver(), Driver::Session);
     let domain = connection.domain_by_name("ns_vm").await.unwrap();
     assert_eq!(connection.domain_by_uuid(domain.uuid).await.unwrap(), domain);
-    assert_eq!(connection.domains().await.unwrap(), [domain.clone()]);
+    assert_eq!(connection.domains().await.unwrap(), std::slice::from_ref(&domain));
     assert_eq!(connection.domain_state(&domain).await.unwrap(), DomainState::Running);
 
     let unknown = connection.domain_by_name("other").await.unwrap_err();
@@ -212,8 +216,8 @@ async fn a_guest_is_frozen_and_thawed_and_its_disks_have_the_aliases_of_kubevirt
     };
     let disks = [disk("fs", Bus::Virtio), disk("data", Bus::Scsi)];
     let ports = ["virtfleece.writer", "org.qemu.guest_agent.0"];
-    let boot = Boot::guest().expect("no GUEST_KERNEL: run tests/bed/setup");
-    daemon.define_and_start(&daemon.domain_xml("ns_vm", &bed("QEMU_10").unwrap(), &disks, Some(&boot), &ports));
+    let boot = Boot::guest();
+    daemon.define_and_start(&daemon.domain_xml("ns_vm", &Flavour::Qemu10.binary(), &disks, Some(&boot), &ports));
     assert!(daemon.channel("ns_vm", "virtfleece.writer").exists());
 
     let monitor = monitor(&daemon, LIMITS).await;
@@ -241,12 +245,9 @@ async fn a_guest_is_frozen_and_thawed_and_its_disks_have_the_aliases_of_kubevirt
 #[tokio::test]
 async fn the_other_flavours_of_qemu_start_too() {
     let daemon = LibvirtDaemon::start();
-    for (name, key) in [("next", "QEMU_NEXT"), ("allowlist", "QEMU_ALLOWLIST")] {
-        let Some(emulator) = bed(key) else {
-            eprintln!("skipped: no {key} in the bed");
-            continue;
-        };
-        daemon.define_and_start(&daemon.domain_xml(name, &emulator, &[], None, &[]));
+    for flavour in [Flavour::Next, Flavour::Allowlist].into_iter().filter(|flavour| flavour.available()) {
+        let name = &format!("{flavour:?}").to_lowercase();
+        daemon.define_and_start(&daemon.domain_xml(name, &flavour.binary(), &[], None, &[]));
         let connection = connect(&daemon, LIMITS).await;
         let domain = connection.domain_by_name(name).await.unwrap();
         let monitor = LibvirtMonitor::open(connection, &domain).await.unwrap();

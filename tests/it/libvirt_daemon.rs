@@ -1,6 +1,8 @@
 //! A real libvirt session daemon, as `KubeVirt`'s launcher runs it: an ordinary user, its own `XDG_*` directories, no
 //! namespaces, no security driver. Reusable by every test that wants a machine behind libvirt.
+#![allow(clippy::unwrap_used, reason = "tests")]
 
+use crate::bed::flavour::tool;
 use rustix::process::{Pid, Signal, geteuid, kill_process};
 use std::{
     env,
@@ -32,15 +34,7 @@ fi
 exec setpriv --reuid=65534 --regid=65534 --clear-groups -- "$@"
 "#;
 
-/// A value of the bed's `env` file; the environment goes first.
-pub(crate) fn bed(key: &str) -> Option<String> {
-    if let Ok(value) = env::var(key) {
-        return Some(value);
-    }
-    let text = fs::read_to_string(bed_dir().join("env")).ok()?;
-    text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('=')).map(str::to_owned)
-}
-
+/// The bed's directory, which the daemon must be able to see.
 fn bed_dir() -> PathBuf {
     let home = || PathBuf::from(env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cache/virt-fleece-bed");
     env::var_os("VIRT_FLEECE_BED").map_or_else(home, PathBuf::from)
@@ -68,16 +62,16 @@ pub(crate) struct Disk {
 
 /// A kernel to boot.
 pub(crate) struct Boot {
-    pub(crate) kernel: String,
-    pub(crate) initrd: String,
+    pub(crate) kernel: PathBuf,
+    pub(crate) initrd: PathBuf,
     pub(crate) cmdline: String,
 }
 
 impl Boot {
     /// The bed's guest.
-    pub(crate) fn guest() -> Option<Self> {
-        let (kernel, initrd) = (bed("GUEST_KERNEL")?, bed("GUEST_INITRD")?);
-        Some(Self { kernel, initrd, cmdline: "console=ttyS0 quiet".into() })
+    pub(crate) fn guest() -> Self {
+        let cmdline = "console=ttyS0 quiet".into();
+        Self { kernel: tool("GUEST_KERNEL"), initrd: tool("GUEST_INITRD"), cmdline }
     }
 }
 
@@ -151,7 +145,7 @@ impl LibvirtDaemon {
     pub(crate) fn domain_xml(
         &self,
         name: &str,
-        emulator: &str,
+        emulator: &Path,
         disks: &[Disk],
         boot: Option<&Boot>,
         ports: &[&str],
@@ -192,6 +186,7 @@ impl LibvirtDaemon {
             .unwrap();
         }
         let boot = boot.map_or_else(String::new, |Boot { kernel, initrd, cmdline }| {
+            let (kernel, initrd) = (kernel.display(), initrd.display());
             format!("<kernel>{kernel}</kernel><initrd>{initrd}</initrd><cmdline>{cmdline}</cmdline>")
         });
         let console = self.dir().join(format!("{name}.console"));
@@ -200,8 +195,9 @@ impl LibvirtDaemon {
             "<domain type='qemu'><name>{name}</name><memory unit='MiB'>256</memory><vcpu>1</vcpu>\
              <iothreads>{iothreads}</iothreads>\
              <os><type arch='x86_64' machine='q35'>hvm</type>{boot}</os><features><acpi/></features>\
-             <devices><emulator>{emulator}</emulator><controller type='usb' model='none'/><memballoon model='none'/>\
+             <devices><emulator>{}</emulator><controller type='usb' model='none'/><memballoon model='none'/>\
              <serial type='file'><source path='{}'/></serial>{devices}</devices></domain>",
+            emulator.display(),
             console.display()
         )
     }
@@ -291,7 +287,7 @@ impl Drop for LibvirtDaemon {
 }
 
 fn spawn(dir: &Path) -> Child {
-    let libvirtd = bed("LIBVIRTD").expect("no LIBVIRTD: run tests/bed/setup");
+    let libvirtd = tool("LIBVIRTD");
     let mut command = if geteuid().is_root() {
         let bed = bed_dir();
         let hidden = bed.ancestors().filter(|dir| !may_enter(dir)).last().filter(|_| bed.exists());

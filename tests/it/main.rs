@@ -4,6 +4,7 @@ mod bed;
 mod crash;
 mod dependencies;
 mod faults;
+mod guest_agent;
 mod instants;
 mod libvirt;
 mod libvirt_daemon;

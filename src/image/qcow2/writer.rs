@@ -9,15 +9,11 @@ use crate::{
     extent::Piece,
     image::{ImageError, ImageSink, SinkSummary},
 };
-use std::{
-    fs::File,
-    os::unix::fs::FileExt,
-    path::PathBuf,
-};
+use std::{fs::File, os::unix::fs::FileExt, path::PathBuf};
 
 /// Bytes gathered before they are written.
 const BUFFER: usize = 1 << 20;
-const ZEROES: [u8; CLUSTER as usize] = [0; CLUSTER as usize];
+static ZEROES: [u8; CLUSTER as usize] = [0; CLUSTER as usize];
 
 /// What kind of image is written.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -209,7 +205,7 @@ impl Qcow2Writer {
         for part in l1.chunks(CLUSTER as usize) {
             self.append_cluster(part)?;
         }
-        let (table_offset, table_clusters) = self.append_refcounts()?;
+        let (table_offset, table_clusters) = self.append_refcounts();
         self.flush_buffer(0)?;
         let header = self.header(l1_offset, table_offset, table_clusters);
         let failed = || ImageError::io("write", &self.path);
@@ -218,16 +214,11 @@ impl Qcow2Writer {
         self.file.write_all_at(&header, 0).map_err(failed())?;
         self.file.sync_all().map_err(failed())?;
         let (file_bytes, digest) = crate::image::digest(&self.file, &self.path)?;
-        Ok(SinkSummary {
-            data_bytes: self.data_bytes,
-            zero_bytes: self.zero_bytes,
-            file_bytes,
-            digest: Some(digest),
-        })
+        Ok(SinkSummary { data_bytes: self.data_bytes, zero_bytes: self.zero_bytes, file_bytes, digest: Some(digest) })
     }
 
     /// Appends refcount blocks and their table, which count themselves as well; the table's offset and clusters.
-    fn append_refcounts(&mut self) -> Result<(u64, u32), ImageError> {
+    fn append_refcounts(&mut self) -> (u64, u32) {
         self.pad();
         let per_block = CLUSTER / 2;
         let per_table_cluster = CLUSTER / 8;
@@ -253,7 +244,7 @@ impl Qcow2Writer {
             self.buffer.extend_from_slice(&(first_block + block * CLUSTER).to_be_bytes());
         }
         self.pad();
-        Ok((table_offset, u32::try_from(tables).unwrap_or(0)))
+        (table_offset, u32::try_from(tables).unwrap_or(0))
     }
 
     fn header(&self, l1_offset: u64, table_offset: u64, table_clusters: u32) -> Vec<u8> {
@@ -265,8 +256,7 @@ impl Qcow2Writer {
             extensions.extend(b"qcow2\0\0\0");
         }
         extensions.extend([0; 8]);
-        let backing_offset =
-            if backing.is_empty() { 0 } else { u64::from(HEADER_LENGTH) + extensions.len() as u64 };
+        let backing_offset = if backing.is_empty() { 0 } else { u64::from(HEADER_LENGTH) + extensions.len() as u64 };
         let mut header = Vec::with_capacity(CLUSTER as usize);
         header.extend(MAGIC.to_be_bytes());
         header.extend(3_u32.to_be_bytes());

@@ -9,9 +9,9 @@ mod node;
 
 pub use bitmap::{BitmapAdd, BitmapMerge, BitmapRef, Transaction, TransactionAction};
 pub use block::{
-    BitmapSource, BlockDirtyInfo, BlockExportAdd, BlockExportDel, BlockExportInfo, BlockGraphInfo, BlockInfo, BlockNodeInfo,
-    ImageInfo, InsertedInfo, NbdServerStart, NbdServerStop, QueryBlock, QueryBlockExports, QueryBlockGraph,
-    QueryNamedBlockNodes, ServerAddress,
+    BitmapSource, BlockDirtyInfo, BlockExportAdd, BlockExportDel, BlockExportInfo, BlockGraphInfo, BlockInfo,
+    BlockNodeInfo, ImageInfo, InsertedInfo, NbdServerStart, NbdServerStop, QueryBlock, QueryBlockExports,
+    QueryBlockGraph, QueryNamedBlockNodes, ServerAddress,
 };
 pub use job::{
     BackupPerformance, BlockJobInfo, BlockdevBackup, BlockdevCreate, CreateOptions, JobCancel, JobDismiss, JobInfo,
