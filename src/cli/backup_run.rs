@@ -64,7 +64,7 @@ pub(super) async fn run(args: &BackupArgs) -> Result<Report, CliError> {
         recover(&connection.qmp, &mut journal, agent, super::recover::head_of_leftover).await?
     };
     if !recovered.is_nothing() {
-        tracing::warn!(?recovered, "cleaned up behind an earlier backup");
+        eprintln!("cleaned up behind an earlier backup: {}", super::recover::text(&recovered));
     }
     let running = check_state(&connection.qmp).await?;
     let directory = ChainDirectory::create(&args.qcow2_dir).map_err(CliError::Target)?;

@@ -2,7 +2,7 @@
 
 use super::{CliError, connection::VmArgs, output::Output, size::show_size};
 use crate::{
-    fleecing::{Disks, EngineChoice, Observation, SessionError, SkippedDevice, choose},
+    fleecing::{Disks, EngineChoice, Observation, SessionError, SkippedDevice, View, choose},
     qmp::{Capabilities, command::QueryStatus},
 };
 use clap::Args;
@@ -91,7 +91,10 @@ fn text(inspection: &Inspection) -> String {
             inspection.qemu_version
         ),
         format!("engine {}: {}", inspection.engine.engine, inspection.engine.why),
-        format!("reads through {:?}", inspection.engine.view),
+        match inspection.engine.view {
+            View::SnapshotAccess => "reads through a snapshot-access node".into(),
+            View::Overlay => "reads through the fleece (a qcow2 overlay)".into(),
+        },
     ];
     for volume in &inspection.volumes {
         lines.push(format!(

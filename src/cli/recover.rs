@@ -39,7 +39,8 @@ pub(super) fn head_of_leftover(leftover: &Leftover, volume: &str) -> Option<Stri
     latest.volume(volume).map(|_| latest.id.to_string())
 }
 
-fn text(recovered: &Recovered) -> String {
+/// For people.
+pub(super) fn text(recovered: &Recovered) -> String {
     if recovered.is_nothing() {
         return "nothing was left by an earlier backup".into();
     }

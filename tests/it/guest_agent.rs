@@ -5,9 +5,13 @@ use crate::{
         cli::Cli,
         disk::{Bus, DiskSpec},
         flavour::Flavour,
+        oracle::Replay,
+        point_in_time::PointInTime,
         vm::Vm,
+        writer::Writer,
     },
-    libvirt_daemon::{Boot, Disk, LibvirtDaemon},
+    libvirt_daemon::{self, Boot, Disk, LibvirtDaemon},
+    scene::{SIZES, VOLUMES, stream},
 };
 use serde_json::Value;
 use std::time::{Duration, Instant};
@@ -55,34 +59,52 @@ fn file_systems_are_frozen_at_the_point_in_time_alone() {
 }
 
 #[test]
-fn a_backup_through_libvirt_freezes_too_and_goes_on_incrementally() {
+fn a_backup_through_libvirt_is_a_frozen_instant_and_goes_on_incrementally() {
     for flavour in [Flavour::Qemu10, Flavour::Allowlist] {
         assert!(flavour.available(), "{flavour:?} is missing; run tests/bed/setup");
         let daemon = LibvirtDaemon::start();
-        let disk = daemon.raw_file("fs", 64 << 20);
-        let xml = daemon.domain_xml(
-            "ns_web",
-            &flavour.binary(),
-            &[Disk { volume: "fs".into(), file: disk.clone(), format: "raw", ..disk_on_virtio() }],
-            Some(&Boot::guest()),
-            &["virtfleece.writer", "org.qemu.guest_agent.0"],
-        );
+        let stream = stream(11);
+        let disk = |volume: &str, bytes: u64, bus| Disk {
+            volume: volume.into(),
+            file: daemon.raw_file(volume, bytes),
+            format: "raw",
+            bus,
+            serial: volume.into(),
+        };
+        let disks = [
+            disk(VOLUMES[0], SIZES[0], libvirt_daemon::Bus::Virtio),
+            disk(VOLUMES[1], SIZES[1], libvirt_daemon::Bus::Scsi),
+            disk("fs", 64 << 20, libvirt_daemon::Bus::Virtio),
+        ];
+        let ports = ["virtfleece.writer", "org.qemu.guest_agent.0"];
+        let xml = daemon.domain_xml("ns_web", &flavour.binary(), &disks, Some(&Boot::guest()), &ports);
         daemon.define_and_start(&xml);
+        let mut writer = Writer::connect(&daemon.channel("ns_web", ports[0]));
+        writer.start(&stream, 0, &VOLUMES);
         let target = tempfile::tempdir().expect("a directory");
         let fleece = tempfile::tempdir().expect("a directory");
         let backup = || {
             let backup = Cli::new(["backup", "--domain", "ns_web", "-o", "json", "--quiesce", "require", "--libvirt"]);
             let backup = backup.arg(daemon.socket()).arg("--fleece-dir").arg(fleece.path().join("f"));
-            backup.arg("--qcow2-dir").arg(target.path())
+            backup.arg("--vm").arg("web").arg("--qcow2-dir").arg(target.path())
         };
-        let full = backup_when_agent_answers(backup);
-        assert_eq!(full["quiesce"]["state"], "frozen", "{flavour:?}: {full}");
-        let incremental: Value = backup().json();
-        assert!(incremental["volumes"][0].get("parent").is_some(), "{flavour:?}: {incremental}");
-        let to = tempfile::tempdir().expect("a directory");
-        Cli::new(["restore", "--qcow2-dir"]).arg(target.path()).arg("--output").arg(to.path()).run().success();
-        daemon.virsh(&["destroy", "ns_web"]);
-        let (restored, now) = (std::fs::read(to.path().join("fs.raw")), std::fs::read(&disk));
-        assert!(restored.expect("restored") == now.expect("the disk"), "{flavour:?}: the restored disk differs");
+        let mut replay = Replay::new(&stream);
+        for round in 0..3 {
+            let before = writer.status();
+            let report = backup_when_agent_answers(backup);
+            let after = writer.status();
+            assert_eq!(report["quiesce"]["state"], "frozen", "{flavour:?}: {report}");
+            assert_eq!(report["volumes"][0].get("parent").is_some(), round > 0, "{flavour:?}: {report}");
+            let to = tempfile::tempdir().expect("a directory");
+            Cli::new(["restore", "--qcow2-dir"]).arg(target.path()).arg("--output").arg(to.path()).run().success();
+            let images =
+                VOLUMES.map(|volume| std::fs::read(to.path().join(format!("{volume}.raw"))).expect("restored"));
+            let found =
+                PointInTime::find_after(&images, &replay).unwrap_or_else(|error| panic!("{flavour:?}: {error}"));
+            found.assert_between(&before.writes, &after.writes);
+            replay.advance_all(&found.numbers());
+        }
+        let done = writer.stop();
+        assert_eq!(done.errors, 0, "the guest saw an error: {done:?}");
     }
 }

@@ -75,7 +75,10 @@ impl Scene {
     pub(crate) fn assert_clean(&self, bitmap: Option<&str>) {
         for file in std::fs::read_dir(self.vm.fleece_directory()).into_iter().flatten().flatten() {
             let name = file.file_name().into_string().expect("a name");
-            assert!(name.ends_with(".lock"), "{name} is left in the fleece directory");
+            assert!(
+                Path::new(&name).extension().is_some_and(|kind| kind == "lock"),
+                "{name} is left in the fleece directory"
+            );
             std::fs::remove_file(file.path()).expect("removing the lock");
         }
         let bitmaps: Vec<&str> = bitmap.into_iter().collect();
