@@ -63,6 +63,19 @@ pub fn plan(
     (work, at)
 }
 
+/// Where both maps of the same ranges are set, as far as the shorter one reaches.
+pub fn intersection(left: &[Run], right: &[Run]) -> Vec<Run> {
+    let (mut left, mut right) = (Cursor::new(0, left), Cursor::new(0, right));
+    let mut both = Vec::new();
+    let mut at = 0;
+    while let (Some((left_end, in_left)), Some((right_end, in_right))) = (left.at(at), right.at(at)) {
+        let end = left_end.min(right_end);
+        both.push(Run { length: end - at, set: in_left && in_right });
+        at = end;
+    }
+    both
+}
+
 /// Widens what is read to whole clusters (the last one ends with the disk); what is zero gives way. `work` must begin
 /// and end on cluster borders of the disk.
 pub fn align(work: &[(ByteRange, Work)], cluster: u64, size: u64) -> Vec<(ByteRange, Work)> {
@@ -159,6 +172,13 @@ mod tests {
                 prop_assert_eq!(found, expected, "at {}", at);
             }
             prop_assert!(work.windows(2).all(|pair| pair[0].0.end() <= pair[1].0.start()));
+        }
+
+        #[test]
+        fn the_intersection_equals_a_byte_by_byte_model(left in runs(), right in runs()) {
+            let both = spread(&intersection(&left, &right));
+            let model: Vec<bool> = spread(&left).iter().zip(spread(&right)).map(|(l, r)| *l && r).collect();
+            prop_assert_eq!(both, model);
         }
 
         #[test]

@@ -1,6 +1,7 @@
 //! Tests on real parts; `tests/bed/setup` installs them.
 
 mod bed;
+mod bench;
 mod crash;
 mod dependencies;
 mod faults;
