@@ -2,6 +2,7 @@
 
 mod bed;
 mod bench;
+mod chain;
 mod crash;
 mod dependencies;
 mod faults;
