@@ -1,5 +1,5 @@
 # `make help` says what there is.
-.PHONY: help demo test bench check
+.PHONY: help demo test soak bench check
 
 help: ## This list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -10,6 +10,10 @@ demo: ## Backs up a real guest that writes, kills a backup, restores, proves the
 test: ## Sets up the test bed and runs all tests (root, for packages)
 	tests/bed/setup
 	cargo test --locked $(TEST_FLAGS) -- --test-threads=2
+
+soak: ## Hundreds of backups with random failures (VIRT_FLEECE_SOAK_CYCLES, default 100)
+	tests/bed/setup
+	cargo test --locked --test it soak -- --ignored --nocapture --test-threads=1
 
 bench: ## Measures on a real guest
 	bench/run

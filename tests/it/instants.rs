@@ -5,6 +5,7 @@ use crate::{
     scene::{Scene, bitmap, id, is_incremental, stream},
 };
 use serde_json::Value;
+use std::time::Duration;
 
 /// A full backup and three incremental ones of a guest that never pauses; every point is restored and must be an
 /// exact instant of the guest's stream, between what was written before and after the backup.
@@ -67,4 +68,64 @@ fn newest_qemu_by_filters() {
 #[test]
 fn allow_listed_qemu_by_jobs() {
     every_backup_is_an_instant(Flavour::Allowlist, "auto", &[]);
+}
+
+/// Backups of a guest that never pauses, some of them killed at a random step or told to end in the middle. Every one
+/// that completes is an exact instant, and incremental: no failure costs the chain.
+fn random_failures_never_cost_an_instant(flavour: Flavour, cycles: u32) {
+    assert!(flavour.available(), "{flavour:?} is missing; run tests/bed/setup");
+    let scene = Scene::new(flavour, true);
+    let seed = std::env::var("VIRT_FLEECE_TEST_SEED").ok().and_then(|seed| seed.parse().ok());
+    let mut random = seed.unwrap_or_else(|| u64::from(getrandom::u32().expect("randomness")));
+    println!("{flavour:?}: VIRT_FLEECE_TEST_SEED={random}");
+    let stream = stream(random);
+    let mut writer = scene.vm.writer();
+    writer.start(&stream, 0, &crate::scene::VOLUMES);
+    let mut replay = Replay::new(&stream);
+    let (mut complete, mut failed) = (0, 0);
+    for _ in 0..cycles {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let choice = random >> 33;
+        let before = writer.status();
+        let outcome = match choice % 5 {
+            0 | 1 => scene.backup().env("VIRT_FLEECE_TEST_KILL_AT", (choice / 5 % 18).to_string()).run(),
+            2 => {
+                let running = scene.backup().arg("--bandwidth-limit").arg("8MiB/s").spawn();
+                std::thread::sleep(Duration::from_millis(choice / 5 % 1500));
+                running.kill9()
+            }
+            _ => scene.backup().run(),
+        };
+        let after = writer.status();
+        if !outcome.status.success() {
+            assert!(choice % 5 < 3, "a backup that nobody disturbed fails: {}", outcome.stderr);
+            failed += 1;
+            continue;
+        }
+        let report: Value = outcome.json();
+        assert!(complete == 0 || is_incremental(&report), "{report}");
+        complete += 1;
+        let images = scene.restored(&id(&report));
+        let found =
+            PointInTime::find_after(&images, &replay).unwrap_or_else(|error| panic!("{flavour:?}: {error}\n{report}"));
+        found.assert_between(&before.writes, &after.writes);
+        replay.advance_all(&found.numbers());
+    }
+    let done = writer.stop();
+    println!("{flavour:?}: {complete} instants, {failed} failed runs, writes {:?}", done.writes);
+    assert_eq!(done.errors, 0, "the guest saw an error: {done:?}");
+}
+
+#[test]
+fn random_failures_on_the_allow_listed_qemu() {
+    random_failures_never_cost_an_instant(Flavour::Allowlist, 12);
+}
+
+#[test]
+#[ignore = "long: make soak"]
+fn soak() {
+    let cycles = std::env::var("VIRT_FLEECE_SOAK_CYCLES").ok().and_then(|cycles| cycles.parse().ok()).unwrap_or(100);
+    for flavour in [Flavour::Allowlist, Flavour::Next] {
+        random_failures_never_cost_an_instant(flavour, cycles);
+    }
 }
