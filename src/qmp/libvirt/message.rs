@@ -231,7 +231,8 @@ pub fn encode_message(header: Header, fds: u32, payload: &[u8]) -> Result<Vec<u8
     if header.kind == Kind::CallWithFds {
         encoder.u32(fds);
     }
-    // Payloads are whole XDR words, so this adds no padding.
+    // Payloads are whole XDR words, so this adds no padding: with padding the length would be wrong.
+    debug_assert!(payload.len().is_multiple_of(4), "a payload of {} bytes", payload.len());
     encoder.fixed_opaque(payload);
     Ok(encoder.into_bytes())
 }

@@ -400,7 +400,7 @@ mod tests {
         let (_client, mut daemon) = pair();
         let event = Header { program: REMOTE_PROGRAM, version: 1, procedure: 107, kind: Kind::Event, serial: 0 };
         let ping = Header { program: KEEPALIVE_PROGRAM, procedure: PING, ..event };
-        send(&mut daemon, event, b"something").await;
+        send(&mut daemon, event, b"an event").await;
         send(&mut daemon, ping, &[]).await;
         assert_eq!(receive(&mut daemon).await, (Header { procedure: PONG, ..ping }, Vec::new()));
     }
