@@ -37,6 +37,10 @@ use tokio::{sync::Semaphore, time::Instant};
 
 /// Volumes that are read at once: more would only compete for the same disks and CPUs.
 const PARALLEL_VOLUMES: usize = 2;
+/// How long the target may take to make a backup durable.
+const COMMIT_LIMIT: Duration = Duration::from_secs(120);
+/// How long it may take to remove an unfinished one; the next run does it otherwise.
+const DISCARD_LIMIT: Duration = Duration::from_secs(10);
 /// Run states in which disks can be backed up (QEMU `qapi/run-state.json`).
 const GOOD_STATES: [&str; 6] = ["running", "paused", "prelaunch", "suspended", "guest-panicked", "watchdog"];
 
@@ -382,7 +386,7 @@ async fn commit(
 ) -> Result<Report, CliError> {
     session.note_committing()?;
     let written = manifest.clone();
-    let committed = in_background(move || partial.commit(&written)).await;
+    let committed = in_background(COMMIT_LIMIT, move || partial.commit(&written)).await;
     if let Err(error) = committed {
         session.end(Outcome::RolledBack).await?;
         return Err(CliError::Target(error));
@@ -395,18 +399,22 @@ async fn commit(
 }
 
 async fn discard(partial: PartialBackup) {
-    if let Err(error) = in_background(move || partial.discard()).await {
+    if let Err(error) = in_background(DISCARD_LIMIT, move || partial.discard()).await {
         tracing::warn!(%error, "the unfinished backup is left to the next run");
     }
 }
 
-/// Work on the target, which may hang: not longer than a minute.
-async fn in_background(work: impl FnOnce() -> Result<(), ImageError> + Send + 'static) -> Result<(), ImageError> {
+/// Work on the target, which may hang: waited for until the limit. What ends later than that changes nothing for the
+/// VM: a backup that becomes complete after its bitmaps were rolled back is followed by a full one.
+async fn in_background(
+    limit: Duration,
+    work: impl FnOnce() -> Result<(), ImageError> + Send + 'static,
+) -> Result<(), ImageError> {
     let (sender, receiver) = tokio::sync::oneshot::channel();
     std::thread::spawn(move || {
         let _ = sender.send(work());
     });
-    match tokio::time::timeout(Duration::from_secs(60), receiver).await {
+    match tokio::time::timeout(limit, receiver).await {
         Ok(Ok(result)) => result,
         _ => Err(ImageError::io("finish", "the backup's directory")(std::io::ErrorKind::TimedOut.into())),
     }
