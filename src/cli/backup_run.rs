@@ -31,6 +31,7 @@ use futures::{StreamExt, stream::FuturesUnordered};
 use jiff::Timestamp;
 use std::{
     sync::{Arc, atomic::Ordering},
+    task::Poll,
     time::Duration,
 };
 use tokio::{sync::Semaphore, time::Instant};
@@ -199,18 +200,29 @@ async fn run_session(
         Guardian::none()
     };
     let mut session = Session::prepare(connection.qmp.clone(), connection.directory.clone(), journal, request).await?;
-    let copied = tokio::select! {
-        copied = copy(args, &mut session, sinks, &mut quiesce, &mut guardian) => copied,
-        error = signal() => Err(error),
+    let mut signal = std::pin::pin!(signal());
+    // Registers the handlers, so that a signal waits for the end of the cut: nothing comes between freeze and thaw.
+    let early = futures::poll!(&mut signal);
+    let cut = match early {
+        Poll::Ready(error) => Err(error),
+        Poll::Pending => session.cut(&mut quiesce, &mut guardian).await.map_err(CliError::from),
     };
     drop(guardian);
-    match copied {
-        Ok((cut, summaries)) => {
-            let manifest = manifest(plan, &session, &cut, summaries)?;
-            Ok((session, manifest))
-        }
+    let made = match cut {
+        Err(error) => Err(error),
+        Ok(cut) => tokio::select! {
+            copied = copy(args, &mut session, sinks) => copied.map(|summaries| (cut, summaries)),
+            error = signal => Err(error),
+        },
+    };
+    let made = made.and_then(|(cut, summaries)| {
+        let manifest = manifest(plan, &session, &cut, summaries)?;
+        session.note_committing()?;
+        Ok(manifest)
+    });
+    match made {
+        Ok(manifest) => Ok((session, manifest)),
         Err(error) => {
-            // Thawed already, or about to be: by the guardian, which was just let go.
             if let Err(left) = session.end(Outcome::RolledBack).await {
                 tracing::error!(error = &left as &dyn std::error::Error, "cleaning up failed");
             }
@@ -238,17 +250,12 @@ fn sinks(args: &BackupArgs, plan: &Plan, partial: &PartialBackup) -> Result<Vec<
     Ok(sinks)
 }
 
-type Copied = (Cut, Vec<(String, PullSummary)>);
-
+/// Exports the snapshots and reads them; for each disk the name of its file and what was read.
 async fn copy(
     args: &BackupArgs,
     session: &mut Session,
     sinks: Vec<NamedSink>,
-    quiesce: &mut Quiesce,
-    guardian: &mut Guardian,
-) -> Result<Copied, CliError> {
-    let cut = session.cut(quiesce, guardian).await?;
-    tracing::info!(at = %cut.point_in_time, pause = ?cut.pause, "point in time");
+) -> Result<Vec<(String, PullSummary)>, CliError> {
     session.export().await?;
     let session = &*session;
     let progress: Vec<Arc<PullProgress>> = sinks.iter().map(|_| Arc::default()).collect();
@@ -301,7 +308,7 @@ async fn copy(
         error = show(names, &progress, args.stall_timeout) => return Err(error),
     };
     session.prove_unbroken().await?;
-    Ok((cut, summaries))
+    Ok(summaries)
 }
 
 /// Shows progress; returns only when there is none any more.
@@ -378,17 +385,18 @@ fn manifest(
 
 /// The rename in the target directory is the commit; only then do the bitmaps advance.
 async fn commit(
-    mut session: Session,
+    session: Session,
     partial: PartialBackup,
     manifest: Manifest,
     recovered: fleecing::Recovered,
     plan: &Plan,
 ) -> Result<Report, CliError> {
-    session.note_committing()?;
     let written = manifest.clone();
     let committed = in_background(COMMIT_LIMIT, move || partial.commit(&written)).await;
     if let Err(error) = committed {
-        session.end(Outcome::RolledBack).await?;
+        if let Err(left) = session.end(Outcome::RolledBack).await {
+            tracing::error!(error = &left as &dyn std::error::Error, "cleaning up failed");
+        }
         return Err(CliError::Target(error));
     }
     // The backup is complete whatever happens now: a bitmap that stays is put in order by the next run.

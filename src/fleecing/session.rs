@@ -435,7 +435,10 @@ impl Session {
 
     /// Takes everything out of QEMU and puts the bitmaps in order. To be called however the session went.
     pub async fn end(mut self, outcome: Outcome) -> Result<(), SessionError> {
-        self.note(&Entry::Teardown)?;
+        // A journal that cannot be written (its file system is full) must not keep anything in the VM.
+        if let Err(error) = self.note(&Entry::Teardown) {
+            tracing::warn!(error = &error as &dyn std::error::Error, "the journal cannot be written");
+        }
         teardown::remove_all(&self.qmp, self.nbd_server).await?;
         let _ = std::fs::remove_file(&self.socket);
         match outcome {
