@@ -67,6 +67,12 @@ pub enum ImageError {
         /// The target.
         path: PathBuf,
     },
+    /// The target lies among the backups.
+    #[error("{path} lies in the directory of the backups; restore to another place")]
+    InsideBackups {
+        /// The target.
+        path: PathBuf,
+    },
     /// The target is too small.
     #[error("{path} has {available} bytes, the volume needs {needed}")]
     TooSmall {
@@ -117,6 +123,7 @@ impl Reason for ImageError {
             Self::BadName { .. } => "BadName",
             Self::NotFound { .. } => "NotFound",
             Self::Exists { .. } => "TargetExists",
+            Self::InsideBackups { .. } => "TargetInsideBackups",
             Self::TooSmall { .. } => "TargetTooSmall",
             Self::Busy { .. } => "Busy",
             Self::Interrupted => "Interrupted",

@@ -60,6 +60,7 @@ pub fn restore_volume(request: &RestoreRequest<'_>) -> Result<RestoredVolume, Im
     let target = request.target;
     let existing = fs::metadata(target).ok();
     let is_device = existing.as_ref().is_some_and(|metadata| metadata.file_type().is_block_device());
+    refuse_inside(request.directory, target)?;
     // A device always exists; it is named on purpose.
     if existing.is_some() && !is_device && !request.force {
         return Err(ImageError::Exists { path: target.to_owned() });
@@ -72,7 +73,10 @@ pub fn restore_volume(request: &RestoreRequest<'_>) -> Result<RestoredVolume, Im
     let mut reader = ChainReader::new(links.into_iter().map(|link| link.image).collect());
     let size = reader.size();
     if is_device {
-        let device = OpenOptions::new().read(true).write(true).open(target).map_err(ImageError::io("open", target))?;
+        // For block devices O_EXCL says: not while it is mounted or otherwise claimed (`open(2)`).
+        let exclusive = rustix::fs::OFlags::EXCL.bits().cast_signed();
+        let device = OpenOptions::new().read(true).write(true).custom_flags(exclusive).open(target);
+        let device = device.map_err(ImageError::io("open (is it mounted?)", target))?;
         copy(&mut reader, Box::new(RawSink::device(device, target.to_owned(), size)?), request)?;
     } else {
         let mut partial = target.as_os_str().to_owned();
@@ -85,6 +89,17 @@ pub fn restore_volume(request: &RestoreRequest<'_>) -> Result<RestoredVolume, Im
         }
     }
     Ok(RestoredVolume { volume: request.volume.to_owned(), path: target.to_owned(), virtual_size: size })
+}
+
+/// A target among the backups would overwrite one, or be taken for one.
+fn refuse_inside(directory: &ChainDirectory, target: &Path) -> Result<(), ImageError> {
+    let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let parent = parent.canonicalize().map_err(ImageError::io("open", parent))?;
+    let real = target.canonicalize().unwrap_or_else(|_| parent.clone());
+    if parent.starts_with(directory.path()) || real.starts_with(directory.path()) {
+        return Err(ImageError::InsideBackups { path: target.to_owned() });
+    }
+    Ok(())
 }
 
 fn restore_file(

@@ -163,3 +163,29 @@ fn targets_that_exist_or_are_too_small_are_refused() {
         }
     }
 }
+
+#[test]
+fn a_restore_never_writes_among_the_backups_or_to_a_mounted_device() {
+    let chain = Chain::new(false);
+    let image = chain.image(0, "root");
+    let before = fs::read(&image).expect("an image");
+    let refused = chain.restore(2, &image).arg("--volume").arg("root").arg("--force").run().failure();
+    assert!(refused.stderr.contains("directory of the backups"), "{}", refused.stderr);
+    assert!(fs::read(&image).expect("an image") == before, "a backup was overwritten");
+
+    let to = tempfile::tempdir().expect("a directory");
+    let backing = to.path().join("device");
+    fs::File::create(&backing).and_then(|file| file.set_len(128 << 20)).expect("a file");
+    let made = Command::new("mke2fs").args(["-q", "-F"]).arg(&backing).status().expect("mke2fs");
+    assert!(made.success());
+    let attach = Command::new("losetup").args(["--find", "--show"]).arg(&backing).output().expect("losetup");
+    let device = PathBuf::from(String::from_utf8(attach.stdout).expect("a path").trim());
+    let mounted = to.path().join("mounted");
+    fs::create_dir(&mounted).expect("a directory");
+    let mount = Command::new("mount").arg(&device).arg(&mounted).status().expect("mount");
+    let outcome = chain.restore(2, &device).arg("--volume").arg("root").run();
+    let unmount = Command::new("umount").arg(&mounted).status().expect("umount");
+    let detach = Command::new("losetup").arg("-d").arg(&device).status().expect("losetup");
+    assert!(mount.success() && unmount.success() && detach.success());
+    assert!(!outcome.status.success(), "a mounted device was overwritten");
+}
