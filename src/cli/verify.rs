@@ -37,10 +37,17 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, CliError> {
         Some(vm) => vec![vm.clone()],
         None => directory.vms()?,
     };
-    let mut manifests = Vec::new();
+    let (mut manifests, mut verified) = (Vec::new(), Vec::new());
     for vm in &vms {
         match &args.backup {
-            None => manifests.extend(directory.manifests(vm)?),
+            None => {
+                let inventory = directory.inventory(vm)?;
+                manifests.extend(inventory.manifests);
+                verified.extend(inventory.unreadable.into_iter().map(|(id, error)| Verified {
+                    vm: vm.clone(),
+                    backup: VerifiedBackup { id, problems: vec![error.to_string()] },
+                }));
+            }
             Some(id) if vms.len() == 1 => manifests.push(directory.find(vm, id)?),
             Some(_) => return Err(CliError::Usage("there are several VMs: name one with --vm".into())),
         }
@@ -49,7 +56,6 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, CliError> {
     let mut progress = Progress::new("verifying", ["images".to_owned()]);
     let mut read = 0;
     let mut known_good = HashSet::new();
-    let mut verified = Vec::new();
     for manifest in &manifests {
         let backup = verify_backup(&directory, manifest, &mut known_good, |link| {
             progress.set(0, read, total);

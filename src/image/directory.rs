@@ -14,6 +14,8 @@ use std::{
 };
 
 const MANIFEST: &str = "manifest.json";
+/// BLAKE3 of the manifest, checked by `b3sum --check`.
+const MANIFEST_DIGEST: &str = "manifest.json.b3";
 const PARTIAL: &str = ".partial";
 
 /// A directory of chains.
@@ -48,18 +50,30 @@ impl ChainDirectory {
         Ok(vms)
     }
 
-    /// The complete backups of a VM, oldest first. A directory without a manifest is none.
-    pub fn manifests(&self, vm: &str) -> Result<Vec<Manifest>, ImageError> {
+    /// All backups of a VM. A directory without a manifest is none; one whose manifest cannot be trusted does not stand
+    /// in the way of the others.
+    pub fn inventory(&self, vm: &str) -> Result<Inventory, ImageError> {
         check_name("VM", vm)?;
-        let directory = self.path.join(vm);
-        let mut manifests = Vec::new();
-        for name in Self::names(&directory)? {
+        let mut inventory = Inventory::default();
+        for name in Self::names(&self.path.join(vm))? {
             if let Ok(id) = name.parse::<BackupId>() {
-                manifests.extend(self.manifest(vm, &id)?);
+                match self.manifest(vm, &id) {
+                    Ok(manifest) => inventory.manifests.extend(manifest),
+                    Err(error) => inventory.unreadable.push((id, error)),
+                }
             }
         }
-        manifests.sort_by(|a, b| (a.sequence, &a.id).cmp(&(b.sequence, &b.id)));
-        Ok(manifests)
+        inventory.manifests.sort_by(|a, b| (a.sequence, &a.id).cmp(&(b.sequence, &b.id)));
+        Ok(inventory)
+    }
+
+    /// The complete backups of a VM, oldest first; a warning for each that cannot be trusted.
+    pub fn manifests(&self, vm: &str) -> Result<Vec<Manifest>, ImageError> {
+        let inventory = self.inventory(vm)?;
+        for (id, error) in &inventory.unreadable {
+            tracing::warn!(%error, "backup {id} of {vm} cannot be used");
+        }
+        Ok(inventory.manifests)
     }
 
     /// A backup's manifest, `None` when there is no such complete backup.
@@ -67,6 +81,7 @@ impl ChainDirectory {
         let path = self.backup_path(vm, id).join(MANIFEST);
         match fs::read(&path) {
             Ok(bytes) => {
+                check_manifest_digest(&path, &bytes)?;
                 let manifest = Manifest::parse(&bytes, &path)?;
                 if manifest.id != *id || manifest.vm != vm {
                     return Err(ImageError::damaged(path, "it belongs to another backup"));
@@ -85,7 +100,18 @@ impl ChainDirectory {
 
     /// The backup with this id, or the newest for `latest`; an error that names what there is.
     pub fn find(&self, vm: &str, id: &str) -> Result<Manifest, ImageError> {
-        let mut manifests = self.manifests(vm)?;
+        if let Ok(id) = id.parse::<BackupId>() {
+            // Its own error, where there is one.
+            self.manifest(vm, &id)?;
+        }
+        let Inventory { mut manifests, unreadable } = self.inventory(vm)?;
+        if id == "latest" {
+            // A newer one that cannot be trusted: an older point must be asked for by name.
+            let newest = manifests.last().map(|manifest| manifest.id.clone());
+            if let Some((_, error)) = unreadable.into_iter().rfind(|(id, _)| Some(id) > newest.as_ref()) {
+                return Err(error);
+            }
+        }
         let found = match id {
             "latest" => manifests.pop(),
             id => manifests.iter().position(|manifest| manifest.id.as_str() == id).map(|at| manifests.swap_remove(at)),
@@ -141,6 +167,15 @@ impl ChainDirectory {
     }
 }
 
+/// The backups of a VM.
+#[derive(Debug, Default)]
+pub struct Inventory {
+    /// Complete ones, oldest first.
+    pub manifests: Vec<Manifest>,
+    /// Those whose manifest is damaged or cannot be read, and why.
+    pub unreadable: Vec<(BackupId, ImageError)>,
+}
+
 /// A VM's directory, held by one run.
 #[derive(Debug)]
 pub struct VmDirectory {
@@ -186,12 +221,11 @@ impl PartialBackup {
     /// on an error it is not.
     pub fn commit(self, manifest: &Manifest) -> Result<(), ImageError> {
         let path = self.path.join(MANIFEST);
-        let failed = || ImageError::io("write", &path);
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).map_err(failed())?;
-        let mut json = serde_json::to_vec_pretty(manifest).map_err(|error| failed()(error.into()))?;
+        let mut json =
+            serde_json::to_vec_pretty(manifest).map_err(|error| ImageError::io("write", &path)(error.into()))?;
         json.push(b'\n');
-        file.write_all(&json).map_err(failed())?;
-        file.sync_all().map_err(failed())?;
+        write_durably(&path, &json)?;
+        write_durably(&self.path.join(MANIFEST_DIGEST), digest_line(&json).as_bytes())?;
         sync(&self.path)?;
         let complete = self.vm.directory.backup_path(&self.vm.vm, &self.id);
         fs::rename(&self.path, &complete).map_err(ImageError::io("rename", &self.path))?;
@@ -202,6 +236,31 @@ impl PartialBackup {
     pub fn discard(self) -> Result<(), ImageError> {
         fs::remove_dir_all(&self.path).map_err(ImageError::io("remove", &self.path))
     }
+}
+
+/// What `b3sum manifest.json` prints.
+fn digest_line(manifest: &[u8]) -> String {
+    format!("{}  {MANIFEST}\n", blake3::hash(manifest).to_hex())
+}
+
+/// A manifest that was changed after the backup, by a person or by a disk, is not trusted.
+fn check_manifest_digest(path: &Path, manifest: &[u8]) -> Result<(), ImageError> {
+    let digest = path.with_file_name(MANIFEST_DIGEST);
+    match fs::read(&digest) {
+        Ok(line) if line == digest_line(manifest).as_bytes() => Ok(()),
+        Ok(_) => Err(ImageError::damaged(path, format!("it does not agree with {MANIFEST_DIGEST} beside it"))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Err(ImageError::damaged(path, format!("{MANIFEST_DIGEST} beside it is missing")))
+        }
+        Err(error) => Err(ImageError::io("read", digest)(error)),
+    }
+}
+
+fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), ImageError> {
+    let failed = || ImageError::io("write", path);
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(failed())?;
+    file.write_all(bytes).map_err(failed())?;
+    file.sync_all().map_err(failed())
 }
 
 fn sync(directory: &Path) -> Result<(), ImageError> {

@@ -9,7 +9,7 @@ mod restore;
 mod sink;
 mod verify;
 
-pub use directory::{ChainDirectory, PartialBackup};
+pub use directory::{ChainDirectory, Inventory, PartialBackup};
 pub use error::ImageError;
 pub use manifest::{BackupId, FORMAT_VERSION, Manifest, ManifestVolume, SkippedVolume};
 pub use raw::RawSink;

@@ -189,3 +189,20 @@ fn a_restore_never_writes_among_the_backups_or_to_a_mounted_device() {
     assert!(mount.success() && unmount.success() && detach.success());
     assert!(!outcome.status.success(), "a mounted device was overwritten");
 }
+
+#[test]
+fn a_changed_manifest_is_found_and_stands_in_nobodys_way() {
+    let chain = Chain::new(false);
+    let manifest = chain.directory.path().join("web").join(&chain.ids[0]).join("manifest.json");
+    let text = fs::read_to_string(&manifest).expect("a manifest");
+    for damaged in [text.replacen("\"sequence\": 1", "\"sequence\": 7", 1), text[..text.len() / 2].to_owned()] {
+        assert_ne!(damaged, text);
+        fs::write(&manifest, &damaged).expect("a change");
+        chain.assert_refused(0, "a changed manifest");
+        chain.assert_refused(2, "a chain that stands on a changed manifest");
+        let list = Cli::new(["list", "-o", "json", "--qcow2-dir"]).arg(chain.directory.path());
+        assert_eq!(list.json::<Vec<Value>>().len(), 2, "the other backups are listed");
+    }
+    fs::write(&manifest, &text).expect("the text back");
+    Cli::new(["verify", "--qcow2-dir"]).arg(chain.directory.path()).run().success();
+}
