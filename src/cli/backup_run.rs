@@ -223,11 +223,16 @@ async fn run_session(
     match made {
         Ok(manifest) => Ok((session, manifest)),
         Err(error) => {
-            if let Err(left) = session.end(Outcome::RolledBack).await {
-                tracing::error!(error = &left as &dyn std::error::Error, "cleaning up failed");
-            }
+            roll_back(session).await;
             Err(error)
         }
+    }
+}
+
+/// Ends the session without a backup. What cannot be undone now is undone by the next run.
+async fn roll_back(session: Session) {
+    if let Err(left) = session.end(Outcome::RolledBack).await {
+        tracing::error!(error = &left as &dyn std::error::Error, "cleaning up failed");
     }
 }
 
@@ -394,9 +399,7 @@ async fn commit(
     let written = manifest.clone();
     let committed = in_background(COMMIT_LIMIT, move || partial.commit(&written)).await;
     if let Err(error) = committed {
-        if let Err(left) = session.end(Outcome::RolledBack).await {
-            tracing::error!(error = &left as &dyn std::error::Error, "cleaning up failed");
-        }
+        roll_back(session).await;
         return Err(CliError::Target(error));
     }
     // The backup is complete whatever happens now: a bitmap that stays is put in order by the next run.

@@ -9,16 +9,36 @@ use crate::{
     },
     scene::{Scene, VOLUMES, bitmap, id, is_incremental, reason},
 };
-use rustix::io::Errno;
+use rustix::{
+    io::Errno,
+    process::{Pid, Signal, kill_process},
+};
 use serde_json::{Value, json};
 use std::{
     path::Path,
     time::{Duration, Instant},
 };
 
-/// All flavours that the bed has; the allow-listed one, which stock KubeVirt runs, must be among them in CI.
-fn flavours() -> Vec<Flavour> {
-    Flavour::all().into_iter().filter(|flavour| flavour.available()).collect()
+/// All flavours; one that is missing is a failure, not a test less.
+fn flavours() -> [Flavour; 3] {
+    let missing = Flavour::all().into_iter().find(|flavour| !flavour.available());
+    assert!(missing.is_none(), "{missing:?} is not set up; run tests/bed/setup");
+    Flavour::all()
+}
+
+/// A VM with a full backup, and changes since.
+fn changed_since_a_backup() -> (Scene, Control) {
+    let scene = Scene::new(Flavour::Next, false);
+    let mut control = scene.vm.control();
+    write(&scene, &mut control, 1, 16 << 10, 0);
+    scene.backup().run().success();
+    write(&scene, &mut control, 2, 16 << 10, 0);
+    (scene, control)
+}
+
+fn send(signal: Signal, to: &Running) {
+    let pid = Pid::from_raw(i32::try_from(to.pid()).expect("a pid")).expect("a pid");
+    kill_process(pid, signal).expect("a signal");
 }
 
 fn write(scene: &Scene, control: &mut Control, byte: u8, kib: u32, at_kib: u32) {
@@ -109,8 +129,7 @@ fn a_stalled_target_and_a_frozen_tool_do_not_touch_the_guest() {
         target.faults().stall();
         let mut backup = scene.backup_to(target.path()).arg("--stall-timeout").arg("5").spawn();
         assert!(target.faults().wait_stalled(1, Duration::from_secs(60)), "{flavour:?}: nothing is written");
-        let pid = rustix::process::Pid::from_raw(i32::try_from(backup.pid()).expect("a pid")).expect("a pid");
-        rustix::process::kill_process(pid, rustix::process::Signal::STOP).expect("stopping the tool");
+        send(Signal::STOP, &backup);
         let mut longest = Duration::ZERO;
         for round in 0..20 {
             let begun = Instant::now();
@@ -125,7 +144,7 @@ fn a_stalled_target_and_a_frozen_tool_do_not_touch_the_guest() {
         assert!(longest < Duration::from_secs(1), "{flavour:?}: a write took {longest:?}");
         // 0.1 s is promised; the rest is for a machine that does other things as well.
         assert!(stopped < Duration::from_millis(500), "{flavour:?}: stop took {stopped:?}");
-        rustix::process::kill_process(pid, rustix::process::Signal::CONT).expect("continuing the tool");
+        send(Signal::CONT, &backup);
         // The tool gives up although its target still hangs.
         let ended = backup.ends_within(Duration::from_secs(100));
         target.faults().release();
@@ -201,11 +220,7 @@ fn a_fleece_at_its_limit_gives_the_backup_up_and_not_the_guest() {
 
 #[test]
 fn jobs_of_others_are_respected_and_a_job_cancelled_by_others_is_a_failure() {
-    let scene = Scene::new(Flavour::Next, false);
-    let mut control = scene.vm.control();
-    write(&scene, &mut control, 1, 16 << 10, 0);
-    scene.backup().run().success();
-    write(&scene, &mut control, 2, 16 << 10, 0);
+    let (scene, mut control) = changed_since_a_backup();
     let running = slow_backup(&scene);
     wait_for_export(&mut control);
     let job = control.list("query-jobs").remove(0);
@@ -229,15 +244,10 @@ fn jobs_of_others_are_respected_and_a_job_cancelled_by_others_is_a_failure() {
 
 #[test]
 fn a_signal_gives_the_backup_up_cleanly() {
-    let scene = Scene::new(Flavour::Next, false);
-    let mut control = scene.vm.control();
-    write(&scene, &mut control, 1, 16 << 10, 0);
-    scene.backup().run().success();
-    write(&scene, &mut control, 2, 16 << 10, 0);
+    let (scene, mut control) = changed_since_a_backup();
     let running = slow_backup(&scene);
     wait_for_export(&mut control);
-    let pid = rustix::process::Pid::from_raw(i32::try_from(running.pid()).expect("a pid")).expect("a pid");
-    rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("a signal");
+    send(Signal::TERM, &running);
     let ended = running.finish();
     assert_eq!(ended.status.code(), Some(143), "{}", ended.stderr);
     assert_eq!(complete_backups(scene.target.path()), 1);

@@ -18,10 +18,7 @@ const SIZE: u64 = 64 << 20;
 
 /// Writes at full speed for three seconds, stops, and compares the images with the replay.
 fn writer_agrees_with_oracle(flavour: Flavour) {
-    if !flavour.available() {
-        eprintln!("skipped: {flavour:?} is not set up; run tests/bed/setup");
-        return;
-    }
+    assert!(flavour.available(), "{flavour:?} is not set up; run tests/bed/setup");
     let mut vm = Vm::builder(flavour)
         .disk(DiskSpec::new("a", SIZE).bus(Bus::VirtioBlk { iothread: true }))
         .disk(DiskSpec::new("b", SIZE + 512).bus(Bus::ScsiHd { iothread: true }))
