@@ -24,7 +24,13 @@ pub(super) const FLEECE_DIR: &str = "/var/tmp/virt-fleece";
 #[derive(Debug, Args)]
 pub(super) struct VmArgs {
     /// QMP socket of the VM (qemu -qmp unix:SOCKET,server=on,wait=off); nobody else may be connected to it
-    #[arg(long, value_name = "SOCKET", required_unless_present = "libvirt", conflicts_with = "libvirt")]
+    #[arg(
+        long,
+        value_name = "SOCKET",
+        env = "VIRT_FLEECE_QMP",
+        required_unless_present = "libvirt",
+        conflicts_with = "libvirt"
+    )]
     qmp: Option<PathBuf>,
     /// Socket of the libvirt daemon that runs the VM (virtqemud-sock, libvirt-sock); needs --domain
     #[arg(long, value_name = "SOCKET", requires = "domain")]
