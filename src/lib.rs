@@ -4,11 +4,12 @@
 //! target, so a slow, full or dead target never stalls the guest. Dependencies between the modules point downwards
 //! only, in this order (a test holds it):
 //!
-//! `cli` → `fleecing`, `mover` → `image`, `nbd`, `guest_agent` → `qmp` → `chain`, `extent`
+//! `cli` → `fleecing`, `mover` → `repository` → `image`, `nbd`, `guest_agent` → `qmp` → `backup`, `chain`, `extent`
 
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("sizes of disks and files are taken for addressable: build for a 64-bit target");
 
+pub mod backup;
 pub mod chain;
 pub mod cli;
 pub mod extent;
@@ -19,3 +20,4 @@ pub mod mover;
 pub mod nbd;
 pub mod qmp;
 pub mod reason;
+pub mod repository;

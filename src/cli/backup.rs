@@ -5,34 +5,37 @@ use super::{
     connection::VmArgs,
     output::Output,
     size::{parse_rate, parse_size, show_size},
+    target::{CompleteBackup, TargetArgs},
 };
 use crate::{
+    backup::BackupId,
     chain::BackupType,
     fleecing::{Engine, Recovered, Wish},
-    image::Manifest,
 };
 use clap::{Args, ValueEnum};
 use serde::Serialize;
-use std::{path::PathBuf, process::ExitCode};
+use std::process::ExitCode;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The first backup into a directory is a full one, later ones store what changed. Where an incremental backup would not be
-safe (QEMU was restarted, the disk is new, …) the volume is read as a whole and the reason is on record.
+The first backup of a VM is a full one, later ones read and store what changed. Where the dirty bitmaps cannot be trusted
+(QEMU was restarted, the disk is new, …) the volume is read as a whole and the reason is on record; a repository then
+still stores only what is new.
 
 A backup that is cut short, even by SIGKILL, leaves nothing that looks like a backup. The next one cleans up behind it.
 
 Examples:
   virt-fleece backup --qmp /run/vm/web.qmp --qcow2-dir /backup --vm web
   virt-fleece backup --qmp /run/vm/web.qmp --guest-agent /run/vm/web.qga --quiesce require \\
-      --qcow2-dir /mnt/nas --compress --bandwidth-limit 50MiB/s -o json")]
+      --qcow2-dir /mnt/nas --compress --bandwidth-limit 50MiB/s -o json
+  virt-fleece backup --libvirt /run/libvirt/virtqemud-sock --domain web \\
+      --repository s3://backups/prod --passphrase-file /etc/virt-fleece/passphrase")]
 pub(super) struct BackupArgs {
     #[command(flatten)]
     pub(super) vm_args: VmArgs,
-    /// Directory for the backups: one directory a VM, one a backup in it, one qcow2 image a volume
-    #[arg(long, value_name = "DIR")]
-    pub(super) qcow2_dir: PathBuf,
-    /// Name of the VM in that directory [default: the name that QEMU knows]
+    #[command(flatten)]
+    pub(super) target: TargetArgs,
+    /// Name of the VM at the target [default: the name that QEMU knows]
     #[arg(long, value_name = "NAME")]
     pub(super) vm: Option<String>,
     /// What is stored
@@ -56,9 +59,6 @@ pub(super) struct BackupArgs {
     /// Read at most this much a second, such as 50MiB/s
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub(super) bandwidth_limit: Option<u64>,
-    /// Compress with zstd
-    #[arg(long)]
-    pub(super) compress: bool,
     /// Give up when the target takes no data for this many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 300)]
     pub(super) stall_timeout: u64,
@@ -136,9 +136,9 @@ impl QuiesceArg {
 /// What the command prints.
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
-    /// The backup.
+    /// The backup, as the target describes it.
     #[serde(flatten)]
-    pub(super) manifest: Manifest,
+    pub(super) backup: CompleteBackup,
     /// What an earlier run had left, if anything.
     #[serde(skip_serializing_if = "Recovered::is_nothing")]
     pub(super) recovered: Recovered,
@@ -153,37 +153,51 @@ pub(super) async fn run(args: BackupArgs) -> Result<ExitCode, CliError> {
 }
 
 fn text(report: &Report) -> String {
-    let manifest = &report.manifest;
-    let seconds = manifest.finished.duration_since(manifest.started).as_secs_f64();
+    let record = report.backup.record();
+    let seconds = record.finished.duration_since(record.started).as_secs_f64();
     let mut lines = vec![
-        format!("backup {} of {} is complete", manifest.id, manifest.vm),
+        format!("backup {} of {} is complete", record.id, record.vm),
         format!(
             "point in time {}, made in {:.1} ms by engine {} ({}), {}",
-            manifest.point_in_time.strftime("%Y-%m-%d %H:%M:%S%.3f UTC"),
-            manifest.cut_microseconds as f64 / 1000.0,
-            manifest.engine,
+            record.point_in_time.strftime("%Y-%m-%d %H:%M:%S%.3f UTC"),
+            record.cut_microseconds as f64 / 1000.0,
+            record.engine,
             report.engine_reason,
-            match manifest.quiesce["why"].as_str() {
+            match record.quiesce["why"].as_str() {
                 Some(why) => format!("not frozen: {why}"),
-                None => format!("{} file systems frozen", manifest.quiesce["file_systems"]),
+                None => format!("{} file systems frozen", record.quiesce["file_systems"]),
             }
         ),
     ];
-    for volume in &manifest.volumes {
-        let kind = match (&volume.parent, &volume.full_reason) {
-            (Some(parent), _) => format!("incremental since {parent}"),
-            (None, Some(reason)) => format!("full ({reason})"),
-            (None, None) => "full".into(),
-        };
-        lines.push(format!(
-            "  {}: {kind}, {} changed of {}, {} stored",
-            volume.name,
-            show_size(volume.dirty_bytes),
-            show_size(volume.virtual_size),
-            show_size(volume.file_bytes),
-        ));
+    let how = |parent: Option<&BackupId>, full_reason: Option<&String>| match (parent, full_reason) {
+        (Some(parent), _) => format!("incremental since {parent}"),
+        (None, Some(reason)) => format!("full ({reason})"),
+        (None, None) => "full".into(),
+    };
+    match &report.backup {
+        CompleteBackup::Chain(manifest) => lines.extend(manifest.volumes.iter().map(|volume| {
+            format!(
+                "  {}: {}, {} changed of {}, {} stored",
+                volume.name,
+                how(volume.parent.as_ref(), volume.full_reason.as_ref()),
+                show_size(volume.dirty_bytes),
+                show_size(volume.virtual_size),
+                show_size(volume.file_bytes),
+            )
+        })),
+        CompleteBackup::Repository(manifest) => lines.extend(manifest.volumes.iter().map(|volume| {
+            format!(
+                "  {}: {}, {} changed of {}, {} new, {} stored",
+                volume.name,
+                how(volume.parent.as_ref(), volume.full_reason.as_ref()),
+                show_size(volume.dirty_bytes),
+                show_size(volume.virtual_size),
+                show_size(volume.new_bytes),
+                show_size(volume.stored_bytes),
+            )
+        })),
     }
-    lines.extend(manifest.skipped.iter().map(|skipped| format!("  {}: skipped ({})", skipped.name, skipped.reason)));
+    lines.extend(record.skipped.iter().map(|skipped| format!("  {}: skipped ({})", skipped.name, skipped.reason)));
     lines.push(format!("took {seconds:.1} s"));
     lines.join("\n")
 }

@@ -8,19 +8,16 @@ use super::{
     backup::{BackupArgs, Report},
     connection::Connection,
     progress::Progress,
+    target::{CompleteBackup, Parent, Target, UnfinishedBackup, VolumeOutcome},
 };
 use crate::{
+    backup::{BackupId, BackupRecord, SkippedVolume},
     chain::{ParentVolume, VolumePlan, plan_volume},
     fleecing::{
-        self, Begin, Cut, Disks, Engine, EngineChoice, Outcome, Quiesce, Request, Session, SessionError, Volume,
-        guardian::Guardian, recover, settle_bitmaps,
+        self, Begin, Cut, Disks, Engine, EngineChoice, Leftover, Outcome, Quiesce, Request, Session, SessionError,
+        Volume, guardian::Guardian, recover, settle_bitmaps,
     },
-    image::{
-        BackupId, ChainDirectory, FORMAT_VERSION, ImageError, ImageSink, Manifest, ManifestVolume, PartialBackup,
-        SkippedVolume,
-        qcow2::{Qcow2Options, Qcow2Writer},
-        volume_chain,
-    },
+    image::ImageSink,
     mover::{Bandwidth, PullProgress, PullRequest, PullSummary, pull},
     qmp::{
         Capabilities, Qmp,
@@ -38,10 +35,6 @@ use tokio::{sync::Semaphore, time::Instant};
 
 /// Volumes that are read at once: more would only compete for the same disks and CPUs.
 const PARALLEL_VOLUMES: usize = 2;
-/// How long the target may take to make a backup durable.
-const COMMIT_LIMIT: Duration = Duration::from_secs(120);
-/// How long it may take to remove an unfinished one; the next run does it otherwise.
-const DISCARD_LIMIT: Duration = Duration::from_secs(10);
 /// Run states in which disks can be backed up (QEMU `qapi/run-state.json`).
 const GOOD_STATES: [&str; 6] = ["running", "paused", "prelaunch", "suspended", "guest-panicked", "watchdog"];
 
@@ -49,7 +42,7 @@ const GOOD_STATES: [&str; 6] = ["running", "paused", "prelaunch", "suspended", "
 struct Plan {
     begin: Begin,
     id: BackupId,
-    parent: Option<Manifest>,
+    parent: Option<Parent>,
     disks: Vec<(Volume, VolumePlan)>,
     skipped: Vec<SkippedVolume>,
     engine: EngineChoice,
@@ -66,27 +59,37 @@ pub(super) async fn run(args: &BackupArgs) -> Result<Report, CliError> {
     let mut journal = connection.journal();
     let recovered = {
         let agent = agent.as_mut().ok().and_then(Option::as_mut);
-        recover(&connection.qmp, &mut journal, agent, super::recover::head_of_leftover).await?
+        let access = args.target.location();
+        let head = async |leftover: &Leftover| super::recover::head(leftover, access.as_ref()).await;
+        recover(&connection.qmp, &mut journal, agent, head).await?
     };
     if !recovered.is_nothing() {
         eprintln!("cleaned up behind an earlier backup: {}", super::recover::text(&recovered));
     }
     let running = check_state(&connection.qmp).await?;
-    let directory = ChainDirectory::create(&args.qcow2_dir).map_err(CliError::Target)?;
     let vm = args.vm.clone().or_else(|| connection.name.clone());
     let vm = vm.ok_or_else(|| CliError::Usage("this VM has no name: give it one with --vm NAME".into()))?;
-    let vm_directory = directory.lock(&vm).map_err(CliError::Target)?;
-    let plan = plan(args, &connection, &directory, vm, started).await?;
-    let partial = vm_directory.begin(plan.id.clone()).map_err(CliError::Target)?;
+    let target = args.target.open(&vm).await?;
+    let plan = match plan(args, &connection, &target, vm, started).await {
+        Ok(plan) => plan,
+        Err(error) => {
+            target.close().await;
+            return Err(error);
+        }
+    };
+    let unfinished = target.begin(plan.id.clone())?;
     let quiesce = Quiesce::prepare(args.quiesce.wish(), agent, running).await;
     let result = match quiesce {
-        Ok(quiesce) => run_session(args, &connection, journal, &plan, &partial, quiesce).await,
+        Ok(quiesce) => run_session(args, &connection, journal, &plan, &unfinished, quiesce).await,
         Err(error) => Err(error.into()),
     };
     match result {
-        Ok((session, manifest)) => commit(session, partial, manifest, recovered, &plan).await,
+        Ok((session, record, volumes)) => {
+            let backup = commit(session, unfinished, record, volumes).await?;
+            Ok(Report { backup, recovered, engine_reason: plan.engine.why })
+        }
         Err(error) => {
-            discard(partial).await;
+            unfinished.discard().await;
             Err(error)
         }
     }
@@ -109,14 +112,14 @@ async fn check_state(qmp: &Qmp) -> Result<bool, CliError> {
 async fn plan(
     args: &BackupArgs,
     connection: &Connection,
-    directory: &ChainDirectory,
+    target: &Target,
     vm: String,
     started: Timestamp,
 ) -> Result<Plan, CliError> {
     let qmp = &connection.qmp;
     let capabilities = Capabilities::probe(qmp).await.map_err(SessionError::qmp("probing QEMU"))?;
     let engine = fleecing::choose(args.engine.engine(), &capabilities)?;
-    let parent = directory.latest(&vm).map_err(CliError::Target)?;
+    let parent = target.parent(&vm)?;
     let line = match &parent {
         Some(parent) => parent.bitmap_line.clone(),
         None => new_line()?,
@@ -130,15 +133,9 @@ async fn plan(
     let mut planned = Vec::new();
     for volume in disks.volumes {
         let below = parent.as_ref().and_then(|parent| {
-            let size = parent.volume(&volume.name)?.virtual_size;
-            let usable = match volume_chain(directory, parent, &volume.name) {
-                Ok(_) => true,
-                Err(error) => {
-                    tracing::warn!(%error, "the newest backup cannot be built on");
-                    false
-                }
-            };
-            Some(ParentVolume { backup: parent.id.to_string(), virtual_size: size, usable })
+            let below = parent.volume(&volume.name)?;
+            let (virtual_size, usable) = (below.virtual_size, below.usable);
+            Some(ParentVolume { backup: parent.id.to_string(), virtual_size, usable })
         });
         let requested = args.backup_type.backup_type();
         let any_backup = parent.is_some();
@@ -149,13 +146,16 @@ async fn plan(
         }
         planned.push((volume, plan));
     }
-    let id = BackupId::generate()?;
+    let id = BackupId::generate().map_err(SessionError::local("taking randomness"))?;
+    let (address, object) = target.address(&vm, &id);
     Ok(Plan {
         begin: Begin {
             backup: id.to_string(),
             bitmap_line: line,
-            target: directory.path().to_owned(),
+            target: address,
             vm,
+            object,
+            parent: parent.as_ref().map(|parent| parent.id.to_string()),
             pid: std::process::id(),
         },
         id,
@@ -182,10 +182,14 @@ async fn run_session(
     connection: &Connection,
     journal: fleecing::Journal,
     plan: &Plan,
-    partial: &PartialBackup,
+    unfinished: &UnfinishedBackup,
     mut quiesce: Quiesce,
-) -> Result<(Session, Manifest), CliError> {
-    let sinks = sinks(args, plan, partial)?;
+) -> Result<(Session, BackupRecord, Vec<VolumeOutcome>), CliError> {
+    let sinks = plan
+        .disks
+        .iter()
+        .map(|(volume, how)| unfinished.sink(&volume.name, volume.virtual_size, how))
+        .collect::<Result<Vec<_>, _>>()?;
     let request = Request {
         begin: plan.begin.clone(),
         disks: plan.disks.clone(),
@@ -211,17 +215,16 @@ async fn run_session(
     let made = match cut {
         Err(error) => Err(error),
         Ok(cut) => tokio::select! {
-            copied = copy(args, &mut session, sinks) => copied.map(|summaries| (cut, summaries)),
+            copied = copy(args, &mut session, sinks, unfinished.unit()) => copied.map(|summaries| (cut, summaries)),
             error = signal => Err(error),
         },
     };
     let made = made.and_then(|(cut, summaries)| {
-        let manifest = manifest(plan, &session, &cut, summaries)?;
         session.note_committing()?;
-        Ok(manifest)
+        Ok((record(plan, &cut), outcomes(&session, summaries)))
     });
     match made {
-        Ok(manifest) => Ok((session, manifest)),
+        Ok((record, volumes)) => Ok((session, record, volumes)),
         Err(error) => {
             roll_back(session).await;
             Err(error)
@@ -236,31 +239,13 @@ async fn roll_back(session: Session) {
     }
 }
 
-type NamedSink = (String, Box<dyn ImageSink>);
-
-fn sinks(args: &BackupArgs, plan: &Plan, partial: &PartialBackup) -> Result<Vec<NamedSink>, CliError> {
-    let mut sinks = Vec::new();
-    for (volume, how) in &plan.disks {
-        let (file_name, path, file) = partial.create_volume(&volume.name).map_err(CliError::Target)?;
-        let backing = match how {
-            VolumePlan::Full { .. } => None,
-            VolumePlan::Incremental { parent, .. } => {
-                Some(PartialBackup::backing_name(&parent.parse::<BackupId>()?, &file_name))
-            }
-        };
-        let options = Qcow2Options { virtual_size: volume.virtual_size, backing, compress: args.compress };
-        let sink: Box<dyn ImageSink> = Box::new(Qcow2Writer::new(file, path, options));
-        sinks.push((file_name, sink));
-    }
-    Ok(sinks)
-}
-
-/// Exports the snapshots and reads them; for each disk the name of its file and what was read.
+/// Exports the snapshots and reads them; for each disk what was read.
 async fn copy(
     args: &BackupArgs,
     session: &mut Session,
-    sinks: Vec<NamedSink>,
-) -> Result<Vec<(String, PullSummary)>, CliError> {
+    sinks: Vec<Box<dyn ImageSink>>,
+    unit: u64,
+) -> Result<Vec<PullSummary>, CliError> {
     session.export().await?;
     let session = &*session;
     let progress: Vec<Arc<PullProgress>> = sinks.iter().map(|_| Arc::default()).collect();
@@ -272,7 +257,7 @@ async fn copy(
         .zip(sinks)
         .zip(&progress)
         .enumerate()
-        .map(|(index, ((disk, (file, sink)), progress))| {
+        .map(|(index, ((disk, sink), progress))| {
             let request = PullRequest {
                 export: disk.slot.export(),
                 bitmap: disk.previous_bitmap(),
@@ -280,6 +265,7 @@ async fn copy(
                     VolumePlan::Incremental { grown, .. } => *grown,
                     VolumePlan::Full { .. } => None,
                 },
+                unit,
                 bandwidth: bandwidth.clone(),
             };
             let slots = Arc::clone(&slots);
@@ -291,7 +277,7 @@ async fn copy(
                     .and_then(|()| tokio::net::UnixStream::from_std(stream))
                     .map_err(SessionError::local("connecting to QEMU's NBD server"))?;
                 match pull(stream, &request, sink, progress).await {
-                    Ok(summary) => Ok((index, file, summary)),
+                    Ok(summary) => Ok((index, summary)),
                     Err(source) => Err(CliError::Volume { volume: disk.volume.name.clone(), source }),
                 }
             }
@@ -303,7 +289,7 @@ async fn copy(
             done.push(result?);
         }
         done.sort_by_key(|(index, ..)| *index);
-        let summaries: Vec<_> = done.into_iter().map(|(_, file, summary)| (file, summary)).collect();
+        let summaries: Vec<_> = done.into_iter().map(|(_, summary)| summary).collect();
         Ok::<_, CliError>(summaries)
     };
     let names: Vec<String> = session.disks().iter().map(|disk| disk.volume.name.clone()).collect();
@@ -338,36 +324,22 @@ async fn show(names: Vec<String>, volumes: &[Arc<PullProgress>], stall_timeout: 
     }
 }
 
-fn manifest(
-    plan: &Plan,
-    session: &Session,
-    cut: &Cut,
-    summaries: Vec<(String, PullSummary)>,
-) -> Result<Manifest, CliError> {
-    let mut volumes = Vec::new();
-    for (disk, (file, summary)) in session.disks().iter().zip(summaries) {
-        let (parent, full_reason) = match &disk.plan {
-            VolumePlan::Full { reason } => (None, Some(reason.word())),
-            VolumePlan::Incremental { parent, .. } => (Some(parent.parse::<BackupId>()?), None),
-        };
-        volumes.push(ManifestVolume {
-            name: disk.volume.name.clone(),
-            file,
-            parent,
-            full_reason,
-            virtual_size: disk.volume.virtual_size,
-            source_format: disk.volume.source_format().to_owned(),
-            bitmap: session.new_bitmap(),
-            digest: summary.sink.digest.unwrap_or_default(),
-            file_bytes: summary.sink.file_bytes,
-            dirty_bytes: summary.dirty_bytes,
-            read_bytes: summary.read_bytes,
-            data_bytes: summary.sink.data_bytes,
-            zero_bytes: summary.sink.zero_bytes,
-        });
-    }
-    Ok(Manifest {
-        format_version: FORMAT_VERSION,
+fn outcomes(session: &Session, summaries: Vec<PullSummary>) -> Vec<VolumeOutcome> {
+    let outcome = |(disk, summary): (&fleecing::SessionDisk, PullSummary)| VolumeOutcome {
+        name: disk.volume.name.clone(),
+        plan: disk.plan.clone(),
+        virtual_size: disk.volume.virtual_size,
+        source_format: disk.volume.source_format().to_owned(),
+        bitmap: session.new_bitmap(),
+        dirty_bytes: summary.dirty_bytes,
+        read_bytes: summary.read_bytes,
+        sink: summary.sink,
+    };
+    session.disks().iter().zip(summaries).map(outcome).collect()
+}
+
+fn record(plan: &Plan, cut: &Cut) -> BackupRecord {
+    BackupRecord {
         id: plan.id.clone(),
         vm: plan.begin.vm.clone(),
         vm_uuid: plan.vm_uuid.clone(),
@@ -382,52 +354,31 @@ fn manifest(
         qemu_version: plan.qemu_version.clone(),
         cut_microseconds: u64::try_from(cut.pause.as_micros()).unwrap_or(u64::MAX),
         quiesce: serde_json::to_value(&cut.quiesce).unwrap_or_default(),
-        volumes,
         skipped: plan.skipped.clone(),
         tool_version: env!("CARGO_PKG_VERSION").into(),
-    })
+    }
 }
 
-/// The rename in the target directory is the commit; only then do the bitmaps advance.
+/// The target's commit decides; only then do the bitmaps advance.
 async fn commit(
     session: Session,
-    partial: PartialBackup,
-    manifest: Manifest,
-    recovered: fleecing::Recovered,
-    plan: &Plan,
-) -> Result<Report, CliError> {
-    let written = manifest.clone();
-    let committed = in_background(COMMIT_LIMIT, move || partial.commit(&written)).await;
-    if let Err(error) = committed {
-        roll_back(session).await;
-        return Err(CliError::Target(error));
-    }
-    // The backup is complete whatever happens now: a bitmap that stays is put in order by the next run.
-    if let Err(error) = session.end(Outcome::Committed).await {
-        tracing::error!(error = &error as &dyn std::error::Error, "the backup is complete, but cleaning up failed");
-    }
-    Ok(Report { manifest, recovered, engine_reason: plan.engine.why.clone() })
-}
-
-async fn discard(partial: PartialBackup) {
-    if let Err(error) = in_background(DISCARD_LIMIT, move || partial.discard()).await {
-        tracing::warn!(%error, "the unfinished backup is left to the next run");
-    }
-}
-
-/// Work on the target, which may hang: waited for until the limit. What ends later than that changes nothing for the
-/// VM: a backup that becomes complete after its bitmaps were rolled back is followed by a full one.
-async fn in_background(
-    limit: Duration,
-    work: impl FnOnce() -> Result<(), ImageError> + Send + 'static,
-) -> Result<(), ImageError> {
-    let (sender, receiver) = tokio::sync::oneshot::channel();
-    std::thread::spawn(move || {
-        let _ = sender.send(work());
-    });
-    match tokio::time::timeout(limit, receiver).await {
-        Ok(Ok(result)) => result,
-        _ => Err(ImageError::io("finish", "the backup's directory")(std::io::ErrorKind::TimedOut.into())),
+    unfinished: UnfinishedBackup,
+    record: BackupRecord,
+    volumes: Vec<VolumeOutcome>,
+) -> Result<CompleteBackup, CliError> {
+    match unfinished.commit(record, volumes).await {
+        Err(error) => {
+            roll_back(session).await;
+            Err(error)
+        }
+        Ok(backup) => {
+            // It is complete whatever happens now: a bitmap that stays is put in order by the next run.
+            if let Err(error) = session.end(Outcome::Committed).await {
+                let error = &error as &dyn std::error::Error;
+                tracing::error!(error, "the backup is complete, but cleaning up failed");
+            }
+            Ok(backup)
+        }
     }
 }
 

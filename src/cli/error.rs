@@ -6,6 +6,7 @@ use crate::{
     mover::PullError,
     qmp::QmpError,
     reason::{Reason, Retry},
+    repository::RepositoryError,
 };
 
 /// Why a command failed.
@@ -32,6 +33,9 @@ pub enum CliError {
     /// Reading backups, or restoring, failed.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// A repository failed.
+    #[error(transparent)]
+    Repository(#[from] RepositoryError),
     /// The target takes nothing any more.
     #[error(
         "the target took no data for {seconds} seconds; see whether it is reachable and has space (--stall-timeout)"
@@ -62,9 +66,13 @@ impl CliError {
         match self {
             Self::Usage(_) => 2,
             Self::Unreachable(_) => 3,
-            Self::Image(ImageError::Interrupted) => 130,
+            Self::Image(ImageError::Interrupted) | Self::Repository(RepositoryError::Interrupted) => 130,
             Self::Image(error) if error.is_integrity() => 5,
-            Self::Image(_) => 6,
+            Self::Repository(error) if error.is_integrity() => 5,
+            Self::Repository(
+                RepositoryError::BadUrl { .. } | RepositoryError::Invalid(_) | RepositoryError::WrongPassphrase { .. },
+            ) => 2,
+            Self::Image(_) | Self::Repository(_) => 6,
             Self::Signal { code, .. } => *code,
             _ => 4,
         }
@@ -78,6 +86,7 @@ impl Reason for CliError {
             Self::Session(error) => error.reason(),
             Self::Volume { source, .. } => source.reason(),
             Self::Target(error) | Self::Image(error) => error.reason(),
+            Self::Repository(error) => error.reason(),
             Self::Stalled { .. } => "TargetStalled",
             Self::GuestAgent(error) => error.reason(),
             Self::Signal { .. } => "Cancelled",
@@ -89,6 +98,7 @@ impl Reason for CliError {
         match self {
             Self::Unreachable(error) => error.retry(),
             Self::Session(error) => error.retry(),
+            Self::Repository(error) => error.retry(),
             Self::Usage(_) => Retry::Terminal,
             _ => Retry::Backoff,
         }

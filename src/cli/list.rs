@@ -50,12 +50,12 @@ fn table(backups: &[Manifest]) -> String {
         };
         let stored = backup.volumes.iter().map(|volume| volume.file_bytes).sum();
         let volumes: Vec<_> = backup.volumes.iter().map(|volume| volume.name.as_str()).collect();
-        let frozen = if backup.quiesce["state"] == "frozen" { "yes" } else { "no" };
+        let frozen = if backup.backup.quiesce["state"] == "frozen" { "yes" } else { "no" };
         table.add_row([
-            backup.vm.clone(),
-            backup.id.to_string(),
+            backup.backup.vm.clone(),
+            backup.backup.id.to_string(),
             kind,
-            backup.point_in_time.strftime("%Y-%m-%d %H:%M:%S UTC").to_string(),
+            backup.backup.point_in_time.strftime("%Y-%m-%d %H:%M:%S UTC").to_string(),
             frozen.to_owned(),
             show_size(stored),
             volumes.join(", "),

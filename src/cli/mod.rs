@@ -9,8 +9,10 @@ mod list;
 mod output;
 mod progress;
 mod recover;
+mod repository_args;
 mod restore;
 mod size;
+mod target;
 mod verify;
 
 pub use error::CliError;

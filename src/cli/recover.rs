@@ -2,11 +2,15 @@
 
 use super::{CliError, connection::VmArgs, output::Output};
 use crate::{
-    fleecing::{Leftover, Recovered, recover},
+    fleecing::{Head, Leftover, Recovered, recover},
     image::ChainDirectory,
+    repository::Location,
 };
 use clap::Args;
-use std::{process::ExitCode, time::Duration};
+use std::{path::Path, process::ExitCode, time::Duration};
+
+/// How long a repository may take to say whether a backup is there.
+const LOOK_LIMIT: Duration = Duration::from_secs(20);
 
 #[derive(Debug, Args)]
 #[command(
@@ -26,17 +30,41 @@ pub(super) async fn run(args: RecoverArgs) -> Result<ExitCode, CliError> {
     let _lock = connection.lock(Duration::ZERO).await?;
     let mut journal = connection.journal();
     let agent = connection.agent.as_mut().ok().and_then(Option::as_mut);
-    let recovered = recover(&connection.qmp, &mut journal, agent, head_of_leftover).await?;
+    let recovered = recover(&connection.qmp, &mut journal, agent, async |leftover| head(leftover, None).await).await?;
     args.output.result(&recovered, || text(&recovered));
     Ok(ExitCode::SUCCESS)
 }
 
-/// The newest complete backup that has the volume, in the directory that the session worked for. In doubt (the
-/// directory is gone or damaged) none: the bitmaps are removed and the next backup is a full one.
-pub(super) fn head_of_leftover(leftover: &Leftover, volume: &str) -> Option<String> {
-    let directory = ChainDirectory::open(&leftover.begin.target).ok()?;
-    let latest = directory.latest(&leftover.begin.vm).ok()??;
-    latest.volume(volume).map(|_| latest.id.to_string())
+/// The newest complete backup at the target that the session worked for. `access`: the way there, where the caller
+/// knows it; otherwise the environment does.
+pub(super) async fn head(leftover: &Leftover, access: Option<&Location>) -> Option<Head> {
+    let begin = &leftover.begin;
+    let Some(object) = &begin.object else {
+        // In doubt (the directory is gone or damaged) no backup: the next one reads everything.
+        let latest = ChainDirectory::open(Path::new(&begin.target)).and_then(|it| it.latest(&begin.vm)).ok().flatten();
+        return Some(latest.map_or_else(Head::default, |latest| Head {
+            volumes: Some(latest.volumes.iter().map(|volume| volume.name.clone()).collect()),
+            backup: Some(latest.backup.id.to_string()),
+        }));
+    };
+    let location = match access.filter(|access| access.url == begin.target) {
+        Some(location) => location.clone(),
+        None => Location {
+            url: begin.target.clone(),
+            s3_endpoint: std::env::var("AWS_ENDPOINT_URL").ok(),
+            ..Location::default()
+        },
+    };
+    let exists = async { location.open()?.exists(object).await };
+    let backup = match tokio::time::timeout(LOOK_LIMIT, exists).await {
+        Ok(Ok(true)) => Some(begin.backup.clone()),
+        Ok(Ok(false)) => begin.parent.clone(),
+        Ok(Err(_)) | Err(_) => {
+            tracing::warn!("{} cannot be reached: the next backup puts the dirty bitmaps in order", begin.target);
+            return None;
+        }
+    };
+    Some(Head { backup, volumes: None })
 }
 
 /// For people.

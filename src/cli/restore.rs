@@ -134,7 +134,7 @@ fn restore(args: &RestoreArgs, cancelled: &AtomicBool) -> Result<Restored, CliEr
         };
         volumes.push(with_progress(volume, size, &done, || restore_volume(&request))?);
     }
-    Ok(Restored { vm, backup: manifest.id.to_string(), point_in_time: manifest.point_in_time, volumes })
+    Ok(Restored { vm, backup: manifest.backup.id.to_string(), point_in_time: manifest.backup.point_in_time, volumes })
 }
 
 /// Shows progress from a second thread while `work` runs.

@@ -62,7 +62,7 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, CliError> {
             progress.tick();
             read += link.file_bytes;
         });
-        verified.push(Verified { vm: manifest.vm.clone(), backup });
+        verified.push(Verified { vm: manifest.backup.vm.clone(), backup });
     }
     progress.finish();
     args.output.result(&verified, || text(&verified));

@@ -76,6 +76,23 @@ pub fn intersection(left: &[Run], right: &[Run]) -> Vec<Run> {
     both
 }
 
+/// Reads what is zero only in a part of a unit: the rest of the unit is not known from here. `work` must begin and end
+/// on borders of units.
+pub fn whole_units(work: &[(ByteRange, Work)], unit: u64, size: u64) -> Vec<(ByteRange, Work)> {
+    let mut whole = Vec::with_capacity(work.len());
+    for (range, kind) in work {
+        if *kind == Work::Read {
+            whole.push((*range, Work::Read));
+            continue;
+        }
+        let start = range.start().next_multiple_of(unit).min(range.end());
+        let end = if range.end() == size { size } else { (range.end() / unit * unit).max(start) };
+        let parts = [(range.start(), start, Work::Read), (start, end, Work::Zero), (end, range.end(), Work::Read)];
+        whole.extend(parts.into_iter().filter_map(|(start, end, kind)| Some((ByteRange::new(start, end)?, kind))));
+    }
+    whole
+}
+
 /// Widens what is read to whole clusters (the last one ends with the disk); what is zero gives way. `work` must begin
 /// and end on cluster borders of the disk.
 pub fn align(work: &[(ByteRange, Work)], cluster: u64, size: u64) -> Vec<(ByteRange, Work)> {

@@ -63,10 +63,16 @@ pub struct Begin {
     pub backup: String,
     /// Line of the chain's bitmaps.
     pub bitmap_line: String,
-    /// The target directory, absolute.
-    pub target: PathBuf,
-    /// VM name in the target directory.
+    /// The target: a directory (absolute), or the address of a repository.
+    pub target: String,
+    /// VM name at the target.
     pub vm: String,
+    /// In a repository: the object whose presence says that the backup is complete.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub object: Option<String>,
+    /// The newest complete backup of the VM before this one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<String>,
     /// Process that runs the session.
     pub pid: u32,
 }
@@ -183,7 +189,15 @@ mod tests {
     use super::*;
 
     fn begin() -> Begin {
-        Begin { backup: "b".into(), bitmap_line: "0123abcd".into(), target: "/t".into(), vm: "vm".into(), pid: 1 }
+        Begin {
+            backup: "b".into(),
+            bitmap_line: "0123abcd".into(),
+            target: "/t".into(),
+            vm: "vm".into(),
+            object: None,
+            parent: None,
+            pid: 1,
+        }
     }
 
     #[test]

@@ -21,7 +21,7 @@ pub use engine::{Engine, EngineChoice, View, choose};
 pub use error::SessionError;
 pub use journal::{Begin, Entry, Journal, Leftover};
 pub use quiesce::{Quiesce, QuiesceOutcome, Wish};
-pub use recovery::{Recovered, recover};
+pub use recovery::{Head, Recovered, recover};
 pub use session::{Cut, Outcome, Request, Session, SessionDisk};
 pub use storage::{Budget, FleeceDirectory, VmLock, budget};
 pub use teardown::{Observation, remove_all, settle_bitmaps};

@@ -26,6 +26,22 @@ pub struct Recovered {
     pub bitmaps: usize,
 }
 
+/// The newest complete backup of a VM at a target.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Head {
+    /// Its id; none: there is no backup.
+    pub backup: Option<String>,
+    /// The volumes that it has; none: all.
+    pub volumes: Option<Vec<String>>,
+}
+
+impl Head {
+    fn of(&self, volume: &str) -> Option<String> {
+        let has = self.volumes.as_ref().is_none_or(|volumes| volumes.iter().any(|name| name == volume));
+        self.backup.clone().filter(|_| has)
+    }
+}
+
 impl Recovered {
     /// There was nothing to do.
     pub fn is_nothing(&self) -> bool {
@@ -35,12 +51,13 @@ impl Recovered {
 
 /// Takes everything of an earlier session out of QEMU, releases the guest, and puts the bitmaps in order. `head` names,
 /// for the target directory and VM of that session and a volume, the newest complete backup there: it decides whether
-/// the session's bitmaps are kept or merged back.
+/// the session's bitmaps are kept or merged back. Where it answers `None` (the target cannot be reached) the bitmaps
+/// are left as they are: the next backup to that target puts them in order.
 pub async fn recover(
     qmp: &Qmp,
     journal: &mut Journal,
     agent: Option<&mut Box<dyn GuestAgent>>,
-    head: impl Fn(&Leftover, &str) -> Option<String>,
+    head: impl AsyncFnOnce(&Leftover) -> Option<Head>,
 ) -> Result<Recovered, SessionError> {
     let leftover = journal.leftover().map_err(SessionError::local("reading the journal of an earlier session"))?;
     let mut recovered = Recovered::default();
@@ -73,7 +90,9 @@ pub async fn recover(
     }
     if let Some(leftover) = &leftover {
         let line = &leftover.begin.bitmap_line;
-        recovered.bitmaps = teardown::settle_bitmaps(qmp, line, |volume| head(leftover, volume)).await?;
+        if let Some(head) = head(leftover).await {
+            recovered.bitmaps = teardown::settle_bitmaps(qmp, line, |volume| head.of(volume)).await?;
+        }
         let _ = std::fs::remove_file(journal.path().with_extension("nbd"));
         journal.close().map_err(SessionError::local("closing the journal"))?;
     }

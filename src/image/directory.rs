@@ -4,7 +4,8 @@
 //! renaming it is the commit. Images name the one below them by a relative path, so `qemu-img` reads any point alone,
 //! and the directory can be moved as a whole.
 
-use super::{BackupId, ImageError, Manifest};
+use super::{ImageError, Manifest};
+use crate::backup::BackupId;
 use rustix::fs::FlockOperation;
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
@@ -63,7 +64,7 @@ impl ChainDirectory {
                 }
             }
         }
-        inventory.manifests.sort_by(|a, b| (a.sequence, &a.id).cmp(&(b.sequence, &b.id)));
+        inventory.manifests.sort_by(|a, b| (a.backup.sequence, &a.backup.id).cmp(&(b.backup.sequence, &b.backup.id)));
         Ok(inventory)
     }
 
@@ -83,7 +84,7 @@ impl ChainDirectory {
             Ok(bytes) => {
                 check_manifest_digest(&path, &bytes)?;
                 let manifest = Manifest::parse(&bytes, &path)?;
-                if manifest.id != *id || manifest.vm != vm {
+                if manifest.backup.id != *id || manifest.backup.vm != vm {
                     return Err(ImageError::damaged(path, "it belongs to another backup"));
                 }
                 Ok(Some(manifest))
@@ -107,16 +108,19 @@ impl ChainDirectory {
         let Inventory { mut manifests, unreadable } = self.inventory(vm)?;
         if id == "latest" {
             // A newer one that cannot be trusted: an older point must be asked for by name.
-            let newest = manifests.last().map(|manifest| manifest.id.clone());
+            let newest = manifests.last().map(|manifest| manifest.backup.id.clone());
             if let Some((_, error)) = unreadable.into_iter().rfind(|(id, _)| Some(id) > newest.as_ref()) {
                 return Err(error);
             }
         }
         let found = match id {
             "latest" => manifests.pop(),
-            id => manifests.iter().position(|manifest| manifest.id.as_str() == id).map(|at| manifests.swap_remove(at)),
+            id => manifests
+                .iter()
+                .position(|manifest| manifest.backup.id.as_str() == id)
+                .map(|at| manifests.swap_remove(at)),
         };
-        let known = || manifests.iter().map(|manifest| manifest.id.to_string()).collect::<Vec<_>>().join(", ");
+        let known = || manifests.iter().map(|manifest| manifest.backup.id.to_string()).collect::<Vec<_>>().join(", ");
         found.ok_or_else(|| ImageError::NotFound {
             what: if id == "latest" { "complete backup".into() } else { format!("backup `{id}`") },
             path: self.path.join(vm),
@@ -205,11 +209,16 @@ impl PartialBackup {
     /// A new file for a volume's image: its name, path and descriptor.
     pub fn create_volume(&self, volume: &str) -> Result<(String, PathBuf, File), ImageError> {
         check_name("volume", volume)?;
-        let name = format!("{volume}.qcow2");
+        let name = Self::file_name(volume);
         let path = self.path.join(&name);
         let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path);
         let file = file.map_err(ImageError::io("create", &path))?;
         Ok((name, path, file))
+    }
+
+    /// Name of a volume's image.
+    pub fn file_name(volume: &str) -> String {
+        format!("{volume}.qcow2")
     }
 
     /// The relative name by which an image of this backup refers to the same volume's image in another one.

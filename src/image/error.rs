@@ -89,6 +89,9 @@ pub enum ImageError {
         /// The directory.
         path: PathBuf,
     },
+    /// A sink that is no image failed.
+    #[error(transparent)]
+    Sink(super::SinkError),
     /// The user or a signal ended it.
     #[error("interrupted; nothing that looks whole was left behind")]
     Interrupted,
@@ -126,6 +129,7 @@ impl Reason for ImageError {
             Self::InsideBackups { .. } => "TargetInsideBackups",
             Self::TooSmall { .. } => "TargetTooSmall",
             Self::Busy { .. } => "Busy",
+            Self::Sink(error) => error.reason(),
             Self::Interrupted => "Interrupted",
         }
     }
@@ -133,6 +137,7 @@ impl Reason for ImageError {
     fn retry(&self) -> Retry {
         match self {
             Self::Io { .. } | Self::Busy { .. } => Retry::Backoff,
+            Self::Sink(error) => error.retry(),
             _ => Retry::Terminal,
         }
     }

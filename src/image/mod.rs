@@ -9,12 +9,12 @@ mod restore;
 mod sink;
 mod verify;
 
-pub use directory::{ChainDirectory, Inventory, PartialBackup};
+pub use directory::{ChainDirectory, Inventory, PartialBackup, VmDirectory};
 pub use error::ImageError;
-pub use manifest::{BackupId, FORMAT_VERSION, Manifest, ManifestVolume, SkippedVolume};
+pub use manifest::{FORMAT_VERSION, Manifest, ManifestVolume};
 pub use raw::RawSink;
 pub use restore::{RestoreFormat, RestoreRequest, RestoredVolume, restore_volume};
-pub use sink::{ImageSink, SinkSummary};
+pub use sink::{ImageSink, SinkError, SinkSummary};
 pub use verify::{VerifiedBackup, verify_backup, volume_chain};
 
 use std::{fs::File, os::unix::fs::FileExt, path::Path};

@@ -77,8 +77,9 @@ impl ImageSink for RawSink {
         Ok(SinkSummary {
             data_bytes: self.data_bytes,
             zero_bytes: self.zero_bytes,
-            file_bytes: self.size,
-            digest: None,
+            new_bytes: self.data_bytes,
+            stored_bytes: self.size,
+            content: None,
         })
     }
 }

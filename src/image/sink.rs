@@ -1,7 +1,11 @@
 //! The consumer's side of a stream of pieces.
 
 use super::ImageError;
-use crate::extent::Piece;
+use crate::{
+    extent::Piece,
+    reason::{Reason, Retry},
+};
+use std::{error::Error, fmt};
 
 /// Takes the content of one disk.
 ///
@@ -23,8 +27,44 @@ pub struct SinkSummary {
     pub data_bytes: u64,
     /// Bytes of disk content taken as zeroes (declared, or found to be zero).
     pub zero_bytes: u64,
-    /// Size of the file in bytes (apparent).
-    pub file_bytes: u64,
-    /// BLAKE3 of the whole file, 64 lower-case hex digits: what `b3sum FILE` prints. `None` for sinks that are not files.
-    pub digest: Option<String>,
+    /// Bytes of data that the target did not have before.
+    pub new_bytes: u64,
+    /// Bytes that the target took for it: of a file its size (apparent), of a repository what was sent.
+    pub stored_bytes: u64,
+    /// What names the content, 64 lower-case hex digits: of a file its BLAKE3 (what `b3sum FILE` prints), in a
+    /// repository the root of the index. `None` for devices.
+    pub content: Option<String>,
+}
+
+/// The error of a sink that is no image.
+#[derive(Debug)]
+pub struct SinkError(Box<dyn Reason + Send + Sync>);
+
+impl SinkError {
+    /// Wraps the sink's own error.
+    pub fn new(error: impl Reason + Send + Sync + 'static) -> Self {
+        Self(Box::new(error))
+    }
+}
+
+impl fmt::Display for SinkError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl Error for SinkError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.0.source()
+    }
+}
+
+impl Reason for SinkError {
+    fn reason(&self) -> &'static str {
+        self.0.reason()
+    }
+
+    fn retry(&self) -> Retry {
+        self.0.retry()
+    }
 }

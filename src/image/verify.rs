@@ -1,6 +1,7 @@
 //! Is a backup what its manifest says.
 
-use super::{BackupId, ChainDirectory, ImageError, Manifest, PartialBackup, digest, qcow2::Qcow2Image};
+use super::{ChainDirectory, ImageError, Manifest, PartialBackup, digest, qcow2::Qcow2Image};
+use crate::backup::BackupId;
 use serde::Serialize;
 use std::{collections::HashSet, fs::File, path::PathBuf};
 
@@ -43,14 +44,14 @@ pub fn volume_chain(
     let mut seen = HashSet::new();
     let mut current = manifest.clone();
     loop {
-        let backup = directory.backup_path(&current.vm, &current.id);
+        let backup = directory.backup_path(&current.backup.vm, &current.backup.id);
         let entry = current.volume(volume).ok_or_else(|| ImageError::NotFound {
             what: format!("volume `{volume}`"),
             path: backup.clone(),
             known: current.volumes.iter().map(|volume| volume.name.as_str()).collect::<Vec<_>>().join(", "),
         })?;
         let path = backup.join(&entry.file);
-        if !seen.insert(current.id.clone()) {
+        if !seen.insert(current.backup.id.clone()) {
             return Err(ImageError::damaged(path, "its chain runs in a circle"));
         }
         let image = Qcow2Image::open(&path)?;
@@ -65,7 +66,7 @@ pub fn volume_chain(
         }
         let parent = entry.parent.clone();
         links.push(ChainLink {
-            backup: current.id.clone(),
+            backup: current.backup.id.clone(),
             path: path.clone(),
             digest: entry.digest.clone(),
             file_bytes: entry.file_bytes,
@@ -73,7 +74,7 @@ pub fn volume_chain(
         });
         let Some(parent) = parent else { return Ok(links) };
         current = directory
-            .manifest(&current.vm, &parent)?
+            .manifest(&current.backup.vm, &parent)?
             .ok_or_else(|| ImageError::damaged(path, format!("the backup {parent} that it builds on is missing")))?;
     }
 }
@@ -112,7 +113,7 @@ pub fn verify_backup(
             problems.push(format!("volume `{}`: {}", volume.name, chain_of_causes(&error)));
         }
     }
-    VerifiedBackup { id: manifest.id.clone(), problems }
+    VerifiedBackup { id: manifest.backup.id.clone(), problems }
 }
 
 fn chain_of_causes(error: &dyn std::error::Error) -> String {

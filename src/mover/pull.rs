@@ -6,7 +6,7 @@
 
 use super::Bandwidth;
 use crate::{
-    extent::{ByteRange, Piece, Run, Work, align, intersection, plan},
+    extent::{ByteRange, Piece, Run, Work, align, intersection, plan, whole_units},
     image::{ImageError, ImageSink, SinkSummary},
     nbd::{self, Content, NbdClient, NbdError, StatusExtent},
     reason::{Reason, Retry},
@@ -25,8 +25,6 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, oneshot},
 };
 
-/// Pieces are made of whole clusters of this many bytes (the last one ends with the disk).
-const CLUSTER: u64 = 64 << 10;
 /// Bytes whose state is asked for at once. An answer holds 8 bytes for each change of state, at worst for every 4 KiB
 /// of a fragmented file and every 64 KiB of the bitmap: 68 KiB, which the server's send buffer takes like any reply.
 const WINDOW: u64 = 32 << 20;
@@ -40,6 +38,8 @@ pub struct PullRequest {
     pub export: String,
     /// Bitmap that says what changed; `None`: everything is read.
     pub bitmap: Option<String>,
+    /// Bytes in whose multiples the sink takes content: a power of two, at least 64 KiB, at most 32 MiB.
+    pub unit: u64,
     /// Read in any case.
     pub always: Option<ByteRange>,
     /// Shared limit.
@@ -254,11 +254,12 @@ impl Reader<'_> {
             }
             work.extend(more);
             at = end;
-            let border = if at == self.size { at } else { at / CLUSTER * CLUSTER };
+            let unit = self.request.unit;
+            let border = if at == self.size { at } else { at / unit * unit };
             if border > start {
                 let cut = |(range, kind): (ByteRange, Work)| Some((range.split_at(border).0?, kind));
                 let work: Vec<_> = work.into_iter().filter_map(cut).collect();
-                return Ok((align(&work, CLUSTER, self.size), border));
+                return Ok((align(&whole_units(&work, unit, self.size), unit, self.size), border));
             }
         }
     }

@@ -5,16 +5,21 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// What each folder may use besides itself and `reason`. A new folder has to be entered here.
-const MAY_USE: [(&str, &[&str]); 10] = [
-    ("cli", &["fleecing", "mover", "image", "nbd", "guest_agent", "qmp", "chain", "extent"]),
+const MAY_USE: [(&str, &[&str]); 12] = [
+    (
+        "cli",
+        &["fleecing", "mover", "repository", "image", "nbd", "guest_agent", "qmp", "backup", "chain", "extent"],
+    ),
     ("fleecing", &["image", "nbd", "guest_agent", "qmp", "chain", "extent"]),
     ("mover", &["image", "nbd", "guest_agent", "qmp", "chain", "extent"]),
-    ("image", &["qmp", "chain", "extent"]),
+    ("repository", &["image", "backup", "chain", "extent"]),
+    ("image", &["qmp", "backup", "chain", "extent"]),
     ("nbd", &["qmp", "chain", "extent"]),
     ("guest_agent", &["qmp", "chain", "extent"]),
     ("qmp", &["chain", "extent"]),
     ("chain", &["extent"]),
     ("extent", &[]),
+    ("backup", &[]),
     (REASON, &[]),
 ];
 /// The trait that every error implements.

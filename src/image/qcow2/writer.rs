@@ -213,8 +213,14 @@ impl Qcow2Writer {
         self.file.sync_data().map_err(failed())?;
         self.file.write_all_at(&header, 0).map_err(failed())?;
         self.file.sync_all().map_err(failed())?;
-        let (file_bytes, digest) = crate::image::digest(&self.file, &self.path)?;
-        Ok(SinkSummary { data_bytes: self.data_bytes, zero_bytes: self.zero_bytes, file_bytes, digest: Some(digest) })
+        let (stored_bytes, digest) = crate::image::digest(&self.file, &self.path)?;
+        Ok(SinkSummary {
+            data_bytes: self.data_bytes,
+            zero_bytes: self.zero_bytes,
+            new_bytes: self.data_bytes,
+            stored_bytes,
+            content: Some(digest),
+        })
     }
 
     /// Appends refcount blocks and their table, which count themselves as well; the table's offset and clusters.

@@ -1,0 +1,260 @@
+//! A running backup, as far as the repository is concerned.
+//!
+//! Backups of many machines write at the same time, and chunks may be deleted by a prune meanwhile. Nobody locks
+//! anything; instead
+//!
+//! 1. a session makes itself known (`sessions/ID`) *before* it looks at anything that it will rely on, and keeps a
+//!    sign of life;
+//! 2. a prune first publishes what it would delete (the *condemned* chunks), *then* lists the sessions, and waits for
+//!    those that may not have seen that;
+//! 3. a session that has seen the list does not rely on a condemned chunk, unless it *holds* it: it writes the hold
+//!    into its session object first, then looks whether the prune is deleting already. The prune says that it is
+//!    deleting first, then reads the holds. Whatever the order, one sees the other.
+//!
+//! `docs/format.md` describes the protocol, `tests/it/repository_prune.rs` plays it out of order.
+
+use super::{
+    RepositoryError,
+    chunk::ChunkId,
+    manifest::Manifest,
+    plan::{Plan, PlanState},
+    process::Process,
+    repository::{Repository, chunk_name},
+};
+use jiff::Timestamp;
+use rustix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::HashSet,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Duration,
+};
+use tokio::sync::Mutex;
+
+/// Between two signs of life.
+const HEARTBEAT: Duration = Duration::from_secs(60);
+/// Without a sign of life for this long a session counts as dead.
+pub(super) const LEASE: Duration = Duration::from_secs(30 * 60);
+/// A session whose last sign of life is older does not commit. Far below [`LEASE`]: the clocks of two machines differ.
+const COMMIT_LIMIT_SECONDS: i64 = 10 * 60;
+/// How long a session waits for the end of a deletion that it must not meet.
+const SWEEP_LIMIT: Duration = Duration::from_secs(15 * 60);
+/// Largest session object, in bytes: a million holds.
+const MAX_SESSION: u64 = 80 << 20;
+
+/// A session as it is stored.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct SessionObject {
+    pub(super) id: String,
+    pub(super) process: Process,
+    pub(super) started: Timestamp,
+    /// Condemned chunks that it relies on.
+    pub(super) holds: Vec<String>,
+}
+
+/// A backup under way.
+#[derive(Debug)]
+pub struct RepositorySession {
+    repository: Arc<Repository>,
+    inner: Arc<Inner>,
+    heartbeat: tokio::task::JoinHandle<()>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    name: String,
+    state: Mutex<State>,
+    /// Seconds of `CLOCK_BOOTTIME` (which goes on while the machine sleeps) at the last sign of life.
+    last_sign: AtomicI64,
+}
+
+#[derive(Debug)]
+struct State {
+    object: SessionObject,
+    /// The prune whose list was seen when the session began.
+    plan: Option<Plan>,
+    condemned: HashSet<ChunkId>,
+}
+
+impl RepositorySession {
+    /// Makes a session known, then looks for a prune.
+    pub async fn start(repository: Arc<Repository>) -> Result<Self, RepositoryError> {
+        let mut id = [0; 8];
+        super::key::random(&mut id)?;
+        let id = super::key::hex(&id);
+        let object =
+            SessionObject { id: id.clone(), process: Process::current(), started: Timestamp::now(), holds: Vec::new() };
+        let inner = Arc::new(Inner {
+            name: format!("sessions/{id}"),
+            state: Mutex::new(State { object, plan: None, condemned: HashSet::new() }),
+            last_sign: AtomicI64::new(0),
+        });
+        inner.sign(&repository).await?;
+        let loaded = async {
+            let plan = Plan::load(&repository).await?.filter(|plan| plan.state != PlanState::Marking);
+            let condemned = match &plan {
+                Some(plan) => plan.condemned(&repository).await?,
+                None => HashSet::new(),
+            };
+            Ok((plan, condemned))
+        };
+        match loaded.await {
+            Ok((plan, condemned)) => {
+                let mut state = inner.state.lock().await;
+                (state.plan, state.condemned) = (plan, condemned);
+            }
+            Err(error) => {
+                let _ = repository.storage().delete(&inner.name).await;
+                return Err(error);
+            }
+        }
+        let heartbeat = tokio::spawn({
+            let (repository, inner) = (Arc::clone(&repository), Arc::clone(&inner));
+            async move {
+                loop {
+                    tokio::time::sleep(HEARTBEAT).await;
+                    if let Err(error) = inner.sign(&repository).await {
+                        tracing::warn!(error = &error as &dyn std::error::Error, "no sign of life could be written");
+                    }
+                }
+            }
+        });
+        Ok(Self { repository, inner, heartbeat })
+    }
+
+    /// The repository.
+    pub fn repository(&self) -> &Arc<Repository> {
+        &self.repository
+    }
+
+    /// Whether a chunk has to be sent: it is not there, or may not be relied on. When the answer is no, no prune
+    /// removes it before this session ends.
+    pub async fn is_missing(&self, id: ChunkId) -> Result<bool, RepositoryError> {
+        let mut state = self.inner.state.lock().await;
+        if state.condemned.contains(&id) {
+            if self.inner.hold(&self.repository, &mut state, id).await? {
+                return Ok(false);
+            }
+        }
+        drop(state);
+        Ok(!self.repository.storage().exists(&chunk_name(id)).await?)
+    }
+
+    /// Commits a backup and ends the session. Every chunk that it names was found by [`Self::is_missing`] or sent.
+    pub async fn commit(&self, manifest: &Manifest) -> Result<(), RepositoryError> {
+        self.repository.storage().flush().await?;
+        let alive = self.prove_alive().await;
+        let committed = match alive {
+            Ok(()) => self.repository.write_manifest(manifest).await,
+            Err(error) => Err(error),
+        };
+        self.end().await;
+        committed
+    }
+
+    /// Ends the session; what it stored stays until a prune.
+    pub async fn end(&self) {
+        self.heartbeat.abort();
+        if let Err(error) = self.repository.storage().delete(&self.inner.name).await {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "the session stays listed in the repository until its sign of life is too old"
+            );
+        }
+    }
+
+    async fn prove_alive(&self) -> Result<(), RepositoryError> {
+        let lost = |why: String| RepositoryError::SessionLost { why };
+        // A prune that takes it for dead removes the object.
+        if !self.repository.storage().exists(&self.inner.name).await? {
+            return Err(lost("a prune took it for dead".into()));
+        }
+        let silent = boot_seconds() - self.inner.last_sign.load(Ordering::Acquire);
+        if silent > COMMIT_LIMIT_SECONDS {
+            return Err(lost(format!("no sign of life could be written for {silent} seconds")));
+        }
+        Ok(())
+    }
+}
+
+impl Inner {
+    /// Writes the session object. Only ever called with the newest state.
+    async fn sign(&self, repository: &Repository) -> Result<(), RepositoryError> {
+        let state = self.state.lock().await;
+        self.write(repository, &state).await
+    }
+
+    async fn write(&self, repository: &Repository, state: &State) -> Result<(), RepositoryError> {
+        // The time before: it is certain that the sign is not older.
+        let before = boot_seconds();
+        let document = serde_json::to_vec(&state.object).unwrap_or_default();
+        let object = repository.sessions().seal(self.name.as_bytes(), &document)?;
+        let storage = repository.storage();
+        let last = self.last_sign.load(Ordering::Acquire);
+        if last == 0 {
+            storage.put_durably(&self.name, object.into()).await?;
+        } else {
+            if before - last > COMMIT_LIMIT_SECONDS || !storage.exists(&self.name).await? {
+                // Whoever took the session for dead must not see it come back.
+                return Err(RepositoryError::SessionLost { why: "it was taken for dead".into() });
+            }
+            storage.put_durably(&self.name, object.into()).await?;
+        }
+        self.last_sign.store(before, Ordering::Release);
+        Ok(())
+    }
+
+    /// Holds a condemned chunk; `false`: the prune is over, and the chunk has to be looked for like any other.
+    async fn hold(&self, repository: &Repository, state: &mut State, id: ChunkId) -> Result<bool, RepositoryError> {
+        state.object.holds.push(id.to_hex());
+        self.write(repository, state).await?;
+        let begun = tokio::time::Instant::now();
+        loop {
+            let now = Plan::load(repository).await?;
+            let same = now.filter(|now| state.plan.as_ref().is_some_and(|plan| plan.id == now.id));
+            match same {
+                None => {
+                    state.plan = None;
+                    state.condemned.clear();
+                    return Ok(false);
+                }
+                Some(plan) if plan.state == PlanState::Sweeping => {
+                    if begun.elapsed() > SWEEP_LIMIT {
+                        let holder =
+                            format!("{}; if it died, `virt-fleece repository prune` finishes its work", plan.process);
+                        return Err(RepositoryError::Busy { what: "a prune", holder });
+                    }
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+                Some(_) => {
+                    state.condemned.remove(&id);
+                    return Ok(true);
+                }
+            }
+        }
+    }
+}
+
+impl Repository {
+    /// The sessions that are known, with the time of their last sign of life by the clock of the storage.
+    pub(super) async fn running_sessions(
+        &self,
+    ) -> Result<Vec<(String, Timestamp, Option<SessionObject>)>, RepositoryError> {
+        let mut sessions = Vec::new();
+        for object in self.storage().list_all("sessions").await? {
+            let Some(bytes) = self.storage().get(&object.name, MAX_SESSION).await? else { continue };
+            // One that cannot be read counts as running until it is too old.
+            let opened = self.sessions().open(object.name.as_bytes(), &bytes, &object.name).ok();
+            let session = opened.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+            sessions.push((object.name, object.last_modified, session));
+        }
+        Ok(sessions)
+    }
+}
+
+fn boot_seconds() -> i64 {
+    clock_gettime(ClockId::Boottime).tv_sec
+}

@@ -1,0 +1,166 @@
+//! Where the objects of a repository are: a directory, or a bucket.
+//!
+//! Contract: reading and listing are consistent with writes that completed (S3, GCS, Azure and local file systems are;
+//! on NFS as far as close-to-open goes). Errors arrive after the store's own retries of transient failures.
+
+use super::RepositoryError;
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt, stream::BoxStream};
+use jiff::Timestamp;
+use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, path::Path};
+use std::{path::PathBuf, sync::Arc};
+
+/// A place for objects, under one prefix.
+#[derive(Debug, Clone)]
+pub struct Storage {
+    /// For objects whose order of arrival does not matter.
+    store: Arc<dyn ObjectStore>,
+    /// For objects that must survive a power cut when the write returns.
+    durable: Arc<dyn ObjectStore>,
+    prefix: Path,
+    url: String,
+    directory: Option<PathBuf>,
+}
+
+impl Storage {
+    /// From a store of any kind. `durable` is the same place, with writes that are on disk when they return; stores
+    /// in the network are like that anyway.
+    pub fn new(
+        store: Arc<dyn ObjectStore>,
+        durable: Arc<dyn ObjectStore>,
+        prefix: Path,
+        url: impl Into<String>,
+        directory: Option<PathBuf>,
+    ) -> Self {
+        Self { store, durable, prefix, url: url.into(), directory }
+    }
+
+    /// How people name it.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    fn path(&self, name: &str) -> Path {
+        // Names are made of hex digits, ids, `/` and `.` only.
+        Path::from(if self.prefix.as_ref().is_empty() { name.to_owned() } else { format!("{}/{name}", self.prefix) })
+    }
+
+    fn name(&self, path: &Path) -> String {
+        let path = path.as_ref();
+        let prefix = self.prefix.as_ref();
+        let rest = if prefix.is_empty() { Some(path) } else { path.strip_prefix(prefix) };
+        rest.unwrap_or(path).trim_start_matches('/').to_owned()
+    }
+
+    /// Reads an object of at most `limit` bytes; `None` when it does not exist.
+    pub async fn get(&self, name: &str, limit: u64) -> Result<Option<Bytes>, RepositoryError> {
+        let got = match self.store.get(&self.path(name)).await {
+            Ok(got) => got,
+            Err(object_store::Error::NotFound { .. }) => return Ok(None),
+            Err(error) => return Err(RepositoryError::storage("read", name)(error)),
+        };
+        let size = got.meta.size;
+        if size > limit {
+            return Err(RepositoryError::damaged(name, format!("it has {size} bytes, more than the {limit} allowed")));
+        }
+        got.bytes().await.map(Some).map_err(RepositoryError::storage("read", name))
+    }
+
+    /// Reads an object that must exist.
+    pub async fn require(&self, name: &str, limit: u64) -> Result<Bytes, RepositoryError> {
+        let missing = || RepositoryError::damaged(name, "it is missing");
+        self.get(name, limit).await?.ok_or_else(missing)
+    }
+
+    /// Whether an object exists.
+    pub async fn exists(&self, name: &str) -> Result<bool, RepositoryError> {
+        match self.store.head(&self.path(name)).await {
+            Ok(_) => Ok(true),
+            Err(object_store::Error::NotFound { .. }) => Ok(false),
+            Err(error) => Err(RepositoryError::storage("look for", name)(error)),
+        }
+    }
+
+    /// Writes an object, or writes it anew. In a directory it is durable only after [`Storage::flush`].
+    pub async fn put(&self, name: &str, content: Bytes) -> Result<(), RepositoryError> {
+        let written = self.store.put(&self.path(name), PutPayload::from_bytes(content)).await;
+        written.map(drop).map_err(RepositoryError::storage("write", name))
+    }
+
+    /// Writes an object durably, or writes it anew.
+    /// The answer is when that was, by the clock of the storage.
+    pub async fn put_durably(&self, name: &str, content: Bytes) -> Result<Timestamp, RepositoryError> {
+        let path = self.path(name);
+        let written = self.durable.put(&path, PutPayload::from_bytes(content)).await;
+        written.map_err(RepositoryError::storage("write", name))?;
+        let meta = self.durable.head(&path).await.map_err(RepositoryError::storage("look for", name))?;
+        Ok(time_of(&meta))
+    }
+
+    /// Writes an object durably unless it exists; whether it was written.
+    pub async fn create(&self, name: &str, content: Bytes) -> Result<bool, RepositoryError> {
+        let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+        match self.durable.put_opts(&self.path(name), PutPayload::from_bytes(content), options).await {
+            Ok(_) => Ok(true),
+            Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => Ok(false),
+            Err(error) => Err(RepositoryError::storage("write", name)(error)),
+        }
+    }
+
+    /// Removes an object; one that does not exist is no error.
+    pub async fn delete(&self, name: &str) -> Result<(), RepositoryError> {
+        match self.store.delete(&self.path(name)).await {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(error) => Err(RepositoryError::storage("delete", name)(error)),
+        }
+    }
+
+    /// Names, sizes and times of all objects under a directory such as `chunks`.
+    pub fn list(&self, directory: &str) -> BoxStream<'static, Result<StoredObject, RepositoryError>> {
+        let this = self.clone();
+        let label = directory.to_owned();
+        let prefix = if directory.is_empty() { self.prefix.clone() } else { self.path(directory) };
+        let listed = self.store.list(Some(&prefix));
+        listed
+            .map(move |meta: Result<ObjectMeta, object_store::Error>| {
+                let meta = meta.map_err(RepositoryError::storage("list", label.clone()))?;
+                Ok(StoredObject { name: this.name(&meta.location), size: meta.size, last_modified: time_of(&meta) })
+            })
+            .boxed()
+    }
+
+    /// All of [`Storage::list`], when it is known to be short.
+    pub async fn list_all(&self, directory: &str) -> Result<Vec<StoredObject>, RepositoryError> {
+        self.list(directory).try_collect().await
+    }
+
+    /// Makes all that was written so far durable.
+    pub async fn flush(&self) -> Result<(), RepositoryError> {
+        let Some(directory) = self.directory.clone() else { return Ok(()) };
+        let synced = tokio::task::spawn_blocking(move || {
+            let handle = std::fs::File::open(directory)?;
+            // One call for all files and directories below, instead of two for each chunk.
+            rustix::fs::syncfs(&handle).map_err(std::io::Error::from)
+        });
+        synced
+            .await
+            .map_err(|_| RepositoryError::WorkerDied)?
+            .map_err(RepositoryError::local("make the chunks durable"))
+    }
+}
+
+fn time_of(meta: &ObjectMeta) -> Timestamp {
+    let nanoseconds = meta.last_modified.timestamp_nanos_opt().unwrap_or(0);
+    Timestamp::from_nanosecond(nanoseconds.into()).unwrap_or(Timestamp::UNIX_EPOCH)
+}
+
+/// An object in a list.
+#[derive(Debug, Clone)]
+pub struct StoredObject {
+    /// Name within the repository.
+    pub name: String,
+    /// Bytes.
+    pub size: u64,
+    /// When it was written, by the clock of the storage.
+    pub last_modified: Timestamp,
+}
