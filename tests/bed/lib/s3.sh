@@ -25,8 +25,8 @@ s3_go() {
 s3_run_go() {
     local work=$1
     shift
-    env -u GOWORK GOPATH="$work/go" GOMODCACHE="$work/modules" GOCACHE="$work/cache" GOTMPDIR="$work/tmp" GOTOOLCHAIN=auto \
-        GOFLAGS=-modcacherw CGO_ENABLED=0 "$S3_GO" "$@"
+    env -u GOWORK -u GOROOT -u GOOS -u GOARCH GOFLAGS=-modcacherw GOTOOLCHAIN=auto CGO_ENABLED=0 \
+        GOPATH="$work/go" GOMODCACHE="$work/modules" GOCACHE="$work/cache" GOTMPDIR="$work/tmp" "$S3_GO" "$@"
 }
 
 build_s3() {
