@@ -181,6 +181,14 @@ async fn objects_are_read_whole_and_in_part() {
 }
 
 #[tokio::test]
+async fn a_server_outlives_the_thread_that_started_it() {
+    let scene = std::thread::spawn(Scene::new).join().expect("a scene");
+    let store = scene.direct();
+    store.put(&Path::from("a"), "x".into()).await.expect("an object");
+    assert_eq!(content(&store, "a").await, b"x");
+}
+
+#[tokio::test]
 async fn a_killed_server_has_what_it_acknowledged() {
     let mut scene = Scene::new();
     let store = scene.through_proxy(0);

@@ -45,7 +45,7 @@ impl Request {
         let (Some(method), Some(target)) = (words.next(), words.next()) else {
             return Err(invalid("a request line without a target"));
         };
-        let mut head = format!("{}\r\n", lines[0]);
+        let mut head = vec![lines[0].as_str()];
         let mut length = 0;
         for line in &lines[1..] {
             let (name, value) = line.split_once(':').ok_or_else(|| invalid("a header without a value"))?;
@@ -55,10 +55,10 @@ impl Request {
                 "transfer-encoding" | "expect" | "upgrade" => return Err(invalid("a header that the proxy lacks")),
                 _ => {}
             }
-            head += &format!("{line}\r\n");
+            head.push(line);
         }
-        head += "Connection: close\r\n\r\n";
-        Ok(Some(Self { method, target, head: head.into_bytes(), body: Vec::new(), length }))
+        head.extend(["Connection: close", "\r\n"]);
+        Ok(Some(Self { method, target, head: head.join("\r\n").into_bytes(), body: Vec::new(), length }))
     }
 
     /// Reads the body, at this many bytes a second if there is a limit.
