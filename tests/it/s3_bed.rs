@@ -118,6 +118,27 @@ async fn a_put_on_a_condition_leaves_alone_what_another_one_put() {
     store.put_opts(&key, "four".into(), PutMode::Create.into()).await.expect("a key that is new again");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_reader_sees_a_key_that_is_overwritten_either_old_or_new() {
+    let scene = Scene::new();
+    let (store, key) = (scene.direct(), Path::from("state/current"));
+    let body = |n: usize| vec![n as u8; 10_000 + n * 1000];
+    store.put(&key, body(0).into()).await.expect("an object");
+    let writer = tokio::spawn({
+        let (store, key) = (scene.direct(), key.clone());
+        async move {
+            for n in 0..250 {
+                store.put(&key, body(n).into()).await.expect("an object");
+            }
+        }
+    });
+    while !writer.is_finished() {
+        let found = content(&store, key.as_ref()).await;
+        assert!(found == body(found[0].into()), "{} bytes, the first is {}", found.len(), found[0]);
+    }
+    writer.await.expect("no panic");
+}
+
 #[tokio::test]
 async fn a_list_has_every_key_in_order_over_several_pages() {
     let scene = Scene::new();

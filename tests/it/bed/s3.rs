@@ -1,7 +1,8 @@
 //! A real S3 server: one process, whose buckets are directories, on a port of its own.
 //!
-//! It is stricter than S3 in one respect: a key cannot be both an object and the "directory" of others (`a` beside
-//! `a/b`), because both are files.
+//! It differs from S3 in two respects. A key cannot be both an object and the "directory" of others (`a` beside `a/b`),
+//! because both are files. And the `ETag` of a read during which the key is overwritten may be the one before, though
+//! the bytes are whole; a put on condition of that tag fails, so no update is lost.
 
 use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
@@ -85,7 +86,7 @@ impl S3Server {
         self.child = child.unwrap_or_else(|| panic!("the S3 server does not start again: {}", self.log()));
     }
 
-    /// What it has printed: a line for each request.
+    /// What it has printed: a line for each request, now and then two run together.
     pub(crate) fn log(&self) -> String {
         log(&self.directory)
     }

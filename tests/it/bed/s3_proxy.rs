@@ -37,7 +37,7 @@ pub(crate) enum Effect {
     Answer(Stage, u16),
     /// The server gets the request this much later.
     Delay(Duration),
-    /// The request's body and then the reply get this many bytes a second.
+    /// The request's body and then the reply get this many bytes a second, whatever other requests get.
     Throttle(u64),
     /// The server gets so many bytes of the request's body, then the connections are closed.
     CutRequest(usize),
