@@ -10,5 +10,6 @@ mod guest_agent;
 mod instants;
 mod libvirt;
 mod libvirt_daemon;
+mod s3_bed;
 mod scene;
 mod smoke;

@@ -1,5 +1,6 @@
 //! The test bed from the tests' side: guests under three flavours of QEMU, the writer inside the guest and the oracle
-//! that knows what it wrote, targets that misbehave, and the product's binary.
+//! that knows what it wrote, targets that misbehave, an S3 server with a proxy that misbehaves, and the product's
+//! binary.
 #![allow(dead_code, reason = "a test bed offers more than the tests of the day take")]
 
 mod backing;
@@ -12,5 +13,7 @@ mod fuse;
 pub(crate) mod oracle;
 pub(crate) mod point_in_time;
 mod process;
+pub(crate) mod s3;
+pub(crate) mod s3_proxy;
 pub(crate) mod vm;
 pub(crate) mod writer;

@@ -1,11 +1,40 @@
-//! Child processes: waiting with a time limit, and killing.
+//! Child processes: starting, waiting with a time limit, and killing.
 
 use std::io;
-use std::process::{Child, ExitStatus};
+use std::process::{Child, Command, ExitStatus};
+use std::sync::mpsc::{Sender, SyncSender, channel, sync_channel};
+use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+/// A command to start, and where the child goes.
+type Order = (Command, SyncSender<io::Result<Child>>);
+
+/// Starts a program that the kernel kills when this process ends, however it does; nothing else would end a server
+/// that a killed test leaves behind. The program's path is the first argument to add to the command.
+pub(crate) fn spawn_tethered(arguments: impl FnOnce(&mut Command)) -> io::Result<Child> {
+    // The signal is sent when the *thread* that started the program ends, and a test's thread ends with the test. So
+    // one thread that never ends starts them all.
+    static KEEPER: LazyLock<Mutex<Sender<Order>>> = LazyLock::new(|| {
+        let (orders, taken) = channel::<Order>();
+        std::thread::spawn(move || {
+            for (mut command, reply) in taken {
+                reply.send(command.spawn()).ok();
+            }
+        });
+        Mutex::new(orders)
+    });
+    // `prctl` between fork and exec is unsafe code; this tool does it and becomes the program.
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--"]);
+    arguments(&mut command);
+    let (reply, child) = sync_channel(1);
+    let order = KEEPER.lock().unwrap_or_else(PoisonError::into_inner).send((command, reply));
+    order.expect("the keeper never ends");
+    child.recv().expect("the keeper answers")
+}
 
 /// Waits until the child ends, or returns `None` when it has not within the limit.
 pub(crate) fn wait(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
