@@ -8,6 +8,7 @@ use super::{
     storage::Storage,
 };
 use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::{fmt, sync::Arc};
@@ -18,6 +19,8 @@ pub const REPOSITORY_VERSION: u32 = 1;
 const FORMAT: &str = "virt-fleece repository";
 const CONFIG: &str = "repository.json";
 const MAX_CONFIG: u64 = 16 << 10;
+/// Most key slots: each costs as much to try as it says.
+const MAX_SLOTS: usize = 64;
 
 /// `repository.json`: what has to be known before a key is there.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -72,7 +75,7 @@ impl Repository {
             )));
         }
         let not_empty = |found: String| RepositoryError::NotEmpty { url: storage.url().to_owned(), found };
-        if let Some(object) = futures::TryStreamExt::try_next(&mut storage.list("")).await? {
+        if let Some(object) = storage.list("").try_next().await? {
             return Err(not_empty(object.name));
         }
         let mut id = [0; 16];
@@ -164,6 +167,9 @@ impl Repository {
 
     /// Adds a passphrase.
     pub async fn add_key(&self, passphrase: Passphrase, label: String) -> Result<KeySlot, RepositoryError> {
+        if self.storage.list_all("keys").await?.len() >= MAX_SLOTS {
+            return Err(RepositoryError::Invalid(format!("there are {MAX_SLOTS} key slots already, no more are possible")));
+        }
         let slot = wrap(self.master.clone(), passphrase, label, self.id).await?;
         self.storage.create(&slot_name(&slot.id), json(&slot)).await?;
         Ok(slot)
@@ -262,9 +268,19 @@ pub(super) fn json<T: Serialize>(document: &T) -> Bytes {
 }
 
 async fn slots(storage: &Storage) -> Result<Vec<KeySlot>, RepositoryError> {
+    let objects: Vec<_> = storage.list("keys").take(MAX_SLOTS + 1).try_collect().await?;
+    if objects.len() > MAX_SLOTS {
+        return Err(RepositoryError::damaged("keys", format!("there are more than {MAX_SLOTS} key slots")));
+    }
     let mut slots = Vec::new();
-    for object in storage.list_all("keys").await? {
-        let bytes = storage.require(&object.name, key::MAX_SLOT).await?;
+    for object in objects {
+        let bytes = match storage.get(&object.name, key::MAX_SLOT).await {
+            Ok(Some(bytes)) => bytes,
+            // Removed since it was listed.
+            Ok(None) => continue,
+            Err(RepositoryError::Damaged { .. }) => Bytes::new(),
+            Err(error) => return Err(error),
+        };
         match serde_json::from_slice::<KeySlot>(&bytes) {
             Ok(slot) if slot_name(&slot.id) == object.name => slots.push(slot),
             // One that is damaged must not keep the others from opening.
