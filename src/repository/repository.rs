@@ -31,16 +31,27 @@ struct Config {
     /// 16 random bytes, hex.
     id: String,
     chunk_size: u64,
-    created: Timestamp,
+    /// As it is written: the code must not depend on how another version of this program prints a time.
+    created: String,
     /// Keyed BLAKE3 over the other fields, hex.
     mac: String,
 }
 
 impl Config {
-    fn mac(&self, master: &MasterKey) -> String {
+    fn mac(&self, master: &MasterKey) -> blake3::Hash {
         let text = format!("{}\n{}\n{}\n{}\n{}\n", self.format, self.version, self.id, self.chunk_size, self.created);
-        blake3::keyed_hash(&master.derive("config"), text.as_bytes()).to_hex().to_string()
+        blake3::keyed_hash(&master.derive("config"), text.as_bytes())
     }
+
+    /// Whether it is what was written. Takes the same time whatever is wrong.
+    fn is_authentic(&self, master: &MasterKey) -> bool {
+        let bytes = key::unhex(&self.mac).and_then(|mac| <[u8; 32]>::try_from(mac).ok());
+        bytes.is_some_and(|mac| blake3::Hash::from_bytes(mac) == self.mac(master))
+    }
+}
+
+fn is_chunk_size(bytes: u64) -> bool {
+    bytes.is_power_of_two() && (MIN_CHUNK_SIZE..=MAX_CHUNK_SIZE).contains(&bytes)
 }
 
 /// An open repository.
@@ -67,7 +78,7 @@ impl fmt::Debug for Repository {
 impl Repository {
     /// Makes a repository in an empty place. The config is written last: its presence makes the repository.
     pub async fn init(storage: Storage, passphrase: Passphrase, chunk_size: u64) -> Result<Arc<Self>, RepositoryError> {
-        if !chunk_size.is_power_of_two() || !(MIN_CHUNK_SIZE..=MAX_CHUNK_SIZE).contains(&chunk_size) {
+        if !is_chunk_size(chunk_size) {
             return Err(RepositoryError::Invalid(format!(
                 "a chunk size is a power of two from {} KiB to {} MiB, not {chunk_size} bytes",
                 MIN_CHUNK_SIZE >> 10,
@@ -81,15 +92,16 @@ impl Repository {
         let mut id = [0; 16];
         key::random(&mut id)?;
         let master = MasterKey::generate()?;
+        let created = Timestamp::now();
         let mut config = Config {
             format: FORMAT.into(),
             version: REPOSITORY_VERSION,
             id: key::hex(&id),
             chunk_size,
-            created: Timestamp::now(),
+            created: created.to_string(),
             mac: String::new(),
         };
-        config.mac = config.mac(&master);
+        config.mac = config.mac(&master).to_hex().to_string();
         let slot = wrap(master.clone(), passphrase, String::new(), id).await?;
         storage.create(&slot_name(&slot.id), json(&slot)).await?;
         if !storage.create(CONFIG, json(&config)).await? {
@@ -97,7 +109,7 @@ impl Repository {
             storage.delete(&slot_name(&slot.id)).await?;
             return Err(not_empty(CONFIG.into()));
         }
-        Ok(Arc::new(Self::with_key(storage, id, &config, master)))
+        Ok(Arc::new(Self::with_key(storage, id, chunk_size, created, master)))
     }
 
     /// Opens a repository.
@@ -116,20 +128,25 @@ impl Repository {
         let config: Config = serde_json::from_slice(&config).map_err(|error| damaged(error.to_string()))?;
         let id = key::unhex(&config.id).and_then(|id| id.try_into().ok());
         let id: [u8; 16] = id.ok_or_else(|| damaged("its id is not 32 hex digits".into()))?;
+        // Before anything is done with them, though a right one is authentic: whoever has the key may write others.
+        if !is_chunk_size(config.chunk_size) {
+            return Err(damaged(format!("it claims chunks of {} bytes", config.chunk_size)));
+        }
+        let created = config.created.parse().map_err(|_| damaged("it does not say when it was made".into()))?;
         let master = unlock(&storage, passphrase, id).await?;
-        if config.mac(&master) != config.mac {
+        if !config.is_authentic(&master) {
             return Err(damaged("it was changed: its authentication code is wrong".into()));
         }
-        Ok(Arc::new(Self::with_key(storage, id, &config, master)))
+        Ok(Arc::new(Self::with_key(storage, id, config.chunk_size, created, master)))
     }
 
-    fn with_key(storage: Storage, id: [u8; 16], config: &Config, master: MasterKey) -> Self {
+    fn with_key(storage: Storage, id: [u8; 16], chunk_size: u64, created: Timestamp, master: MasterKey) -> Self {
         let sealer = |kind, purpose: &str| Sealer::new(kind, master.derive(purpose), id);
         Self {
             storage,
             id,
-            chunk_size: config.chunk_size,
-            created: config.created,
+            chunk_size,
+            created,
             ids: IdKey(master.derive("chunk id")),
             vm_tags: master.derive("vm tag"),
             chunks: sealer(ObjectKind::Chunk, "chunk"),
