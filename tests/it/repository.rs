@@ -2,7 +2,7 @@
 
 use crate::{
     bed::{flavour::Flavour, oracle::Replay, point_in_time::PointInTime},
-    repository_scene::Store,
+    store::Store,
     scene::{SIZES, Scene, VOLUMES, bitmap, id, is_incremental, stream},
 };
 use serde_json::Value;
