@@ -10,5 +10,6 @@ mod guest_agent;
 mod instants;
 mod libvirt;
 mod libvirt_daemon;
+mod matrix;
 mod scene;
 mod smoke;

@@ -2,6 +2,7 @@
 //! that knows what it wrote, targets that misbehave, and the product's binary.
 #![allow(dead_code, reason = "a test bed offers more than the tests of the day take")]
 
+pub(crate) mod agent;
 mod backing;
 pub(crate) mod cli;
 pub(crate) mod control;
