@@ -60,7 +60,12 @@ impl FakeAgent {
         self.answer.send(()).expect("the agent's thread runs");
     }
 
-    /// How many times it was asked to freeze and to thaw; what the file systems are now is told by the last of both.
+    /// Whether it ever was asked to freeze.
+    pub(crate) fn was_asked_to_freeze(&self) -> bool {
+        self.commands.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|command| command == FREEZE)
+    }
+
+    /// Whether it was asked to thaw, and not to freeze again since.
     pub(crate) fn is_thawed(&self) -> bool {
         let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
         let last = commands.iter().rev().find(|command| *command == FREEZE || *command == THAW);

@@ -13,5 +13,6 @@ mod fuse;
 pub(crate) mod oracle;
 pub(crate) mod point_in_time;
 mod process;
+pub(crate) mod proxy;
 pub(crate) mod vm;
 pub(crate) mod writer;

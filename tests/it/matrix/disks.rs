@@ -204,7 +204,8 @@ fn firmware_variables_are_a_volume_and_what_is_no_disk_is_skipped() {
 
 /// Nothing is left but one bitmap of the chain per volume.
 fn assert_clean_but_ours(scene: &Scene) {
-    let manifest: Value = crate::bed::cli::Cli::new(["list", "-o", "json", "--qcow2-dir"]).arg(scene.target.path()).json();
+    let manifest: Value =
+        crate::bed::cli::Cli::new(["list", "-o", "json", "--qcow2-dir"]).arg(scene.target.path()).json();
     let last = manifest.as_array().and_then(|backups| backups.last()).expect("a backup");
     scene.assert_clean(Some(&bitmap(last)));
 }
