@@ -4,6 +4,7 @@
 mod disks;
 mod history;
 mod interruptions;
+mod meddling;
 mod safety;
 
 use crate::{

@@ -6,7 +6,7 @@ use super::{
 use crate::{
     bed::{
         disk::{Bus, DiskSpec, Format},
-        flavour::Flavour,
+        flavour::{Flavour, tool},
         vm::VmBuilder,
     },
     scene::{Scene, bitmap, reason},
@@ -92,6 +92,29 @@ fn disks_under_filters() {
             .disk(disk("throttled-qcow2").throttled(1 << 30).format(Format::Qcow2))
             .disk(disk("cor").copy_on_read().bus(Bus::VirtioBlk { iothread: true }))
             .disk(disk("both").copy_on_read().throttled(1 << 30).format(Format::Qcow2));
+        full_and_incremental(flavour, &builder);
+    }
+}
+
+/// qcow2 images of other kinds: version 2, which stores no bitmaps; with a raw file for its data; over a template.
+#[test]
+fn images_of_other_kinds() {
+    for flavour in Flavour::all() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let at = |name: &str| directory.path().join(name);
+        let create = |arguments: &[&str], name: &str, size: &str| {
+            let mut create = Command::new(tool("QEMU_IMG"));
+            create.args(["create", "-q", "-f", "qcow2"]).args(arguments).arg(at(name)).arg(size);
+            assert!(create.status().expect("qemu-img").success(), "qemu-img create {arguments:?}");
+        };
+        std::fs::write(at("template.img"), vec![0x77; 3 << 20]).expect("a template");
+        let data_file = format!("data_file={},data_file_raw=on", at("data.raw").display());
+        let template = at("template.img").display().to_string();
+        let disk = |volume: &str| DiskSpec::new(volume, 0).format(Format::Qcow2).in_directory(directory.path());
+        create(&["-o", "compat=0.10"], "old.qcow2", "4194816");
+        create(&["-o", &data_file], "split.qcow2", "4194304");
+        create(&["-b", &template, "-F", "raw"], "cloned.qcow2", "4194304");
+        let builder = machine(flavour).disk(disk("old")).disk(disk("split")).disk(disk("cloned"));
         full_and_incremental(flavour, &builder);
     }
 }

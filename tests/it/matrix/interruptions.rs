@@ -37,7 +37,7 @@ fn assert_failed(outcome: &Outcome, scene: &Scene, backups: usize) {
     assert_eq!(complete_backups(scene.target.path()), backups);
 }
 
-/// The device goes, what was started on its nodes goes on: it ends as an instant of both disks, or it says what it lacks.
+/// The device goes, what was started on its nodes goes on: the backup is an instant of both disks all the same.
 #[test]
 fn a_disk_unplugged_during_a_backup_harms_nothing() {
     for flavour in Flavour::all() {
@@ -57,21 +57,18 @@ fn a_disk_unplugged_during_a_backup_harms_nothing() {
             wait_for_exports(&mut control, 2);
             scene.vm.unplug(&mut control, "data");
             scene.vm.io(&mut control, "root", "write -P 7 0 1M");
-            let outcome = running.finish();
-            if outcome.status.success() {
-                let report: Value = outcome.json();
-                assert_kinds(&report, &[("root", INCREMENTAL), ("data", INCREMENTAL)]);
-                let to = tempfile::tempdir().expect("a directory");
-                let restore = Cli::new(["restore", "--qcow2-dir"]).arg(scene.target.path()).arg("--output");
-                restore.arg(to.path()).run().success();
-                for volume in ["root", "data"] {
-                    let bytes = std::fs::read(to.path().join(format!("{volume}.raw"))).expect("a disk");
-                    let differs = bytes[..4 << 20].iter().position(|byte| *byte != 6);
-                    assert_eq!(differs, None, "{flavour:?} {engine}: {volume} is no instant");
-                }
-            } else {
-                assert_failed(&outcome, &scene, 1);
-                assert!(outcome.stderr.contains("data"), "{flavour:?} {engine}: {}", outcome.stderr);
+            // What libvirt does next: it is refused as long as the backup reads, and harms nothing.
+            let node = scene.vm.disk("data").format_node();
+            control.execute("blockdev-del", &json!({"node-name": node})).expect_err("the node is in use");
+            let report: Value = running.finish().success().json();
+            assert_kinds(&report, &[("root", INCREMENTAL), ("data", INCREMENTAL)]);
+            let to = tempfile::tempdir().expect("a directory");
+            let restore = Cli::new(["restore", "--qcow2-dir"]).arg(scene.target.path()).arg("--output");
+            restore.arg(to.path()).run().success();
+            for volume in ["root", "data"] {
+                let bytes = std::fs::read(to.path().join(format!("{volume}.raw"))).expect("a disk");
+                let differs = bytes[..4 << 20].iter().position(|byte| *byte != 6);
+                assert_eq!(differs, None, "{flavour:?} {engine}: {volume} is no instant");
             }
             // Whoever unplugged it can remove its nodes: nothing of ours holds them.
             scene.vm.forget(&mut control, "data");
