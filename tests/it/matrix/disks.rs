@@ -1,10 +1,9 @@
 //! Kinds of disks: what is backed up and how, and what is left out and why.
 
-use super::{
-    INCREMENTAL, assert_is_now, assert_kinds, complete_backups, engines, kinds, machine, scene, skipped, write_all,
-};
+use super::{INCREMENTAL, assert_is_now, complete_backups, engines, kinds, machine, scene, skipped, write_all};
 use crate::{
     bed::{
+        cli::Cli,
         disk::{Bus, DiskSpec, Format},
         flavour::{Flavour, tool},
         vm::VmBuilder,
@@ -144,21 +143,35 @@ fn nodes_without_names_of_their_own() {
         let file = directory.path().join("old.raw");
         std::fs::File::create(&file).and_then(|file| file.set_len(2 * MIB)).expect("a file");
         let drive = format!("if=none,id=old,format=raw,file={}", file.display());
+        let flash = |unit: u8, options: &str| {
+            let path = directory.path().join(format!("flash{unit}"));
+            std::fs::File::create(&path).and_then(|file| file.set_len(540_672)).expect("a file");
+            format!("if=pflash,unit={unit},format=raw,file={}{options}", path.display())
+        };
+        let (code, variables) = (flash(0, ",readonly=on"), flash(1, ""));
         for engine in engines(flavour) {
             let builder = machine(flavour).arguments(&["-drive", &drive, "-device", "virtio-blk-pci,drive=old,id=old"]);
-            let scene = scene(builder);
+            let scene = scene(builder.arguments(&["-drive", &code, "-drive", &variables]));
             let mut control = scene.vm.control();
-            let device = "/machine/peripheral/old/virtio-backend";
-            for (byte, kind) in [(1, "FirstBackup"), (2, INCREMENTAL)] {
-                let printed = control.human(&format!("qemu-io -d {device} \"write -P {byte} {byte}00k 70k\""));
-                assert!(printed.trim().is_empty(), "{printed}");
+            for (byte, kind) in [(1_u8, "FirstBackup"), (2, INCREMENTAL)] {
+                for device in ["/machine/peripheral/old/virtio-backend", "/machine/system.flash1"] {
+                    let printed = control.human(&format!("qemu-io -d {device} \"write -P {byte} {byte}00k 70k\""));
+                    assert!(printed.trim().is_empty(), "{printed}");
+                }
                 let report: Value = scene.backup().arg("--engine").arg(engine).json();
-                assert_kinds(&report, &[("old", kind)]);
+                let mut found = kinds(&report);
+                found.sort();
+                assert_eq!(found, ["old", "pflash1"].map(|volume| (volume.to_owned(), kind.to_owned())), "{flavour:?}");
+                assert_eq!(skipped(&report, "pflash0"), "read-only");
                 let to = tempfile::tempdir().expect("a directory");
-                let restore = crate::bed::cli::Cli::new(["restore", "--qcow2-dir"]).arg(scene.target.path());
+                let restore = Cli::new(["restore", "--qcow2-dir"]).arg(scene.target.path());
                 restore.arg("--output").arg(to.path()).run().success();
-                let restored = std::fs::read(to.path().join("old.raw")).expect("a disk");
-                assert!(restored == std::fs::read(&file).expect("the disk"), "{flavour:?} {engine}: it differs");
+                for (volume, file) in [("old", "old.raw"), ("pflash1", "flash1")] {
+                    let restored = std::fs::read(to.path().join(format!("{volume}.raw"))).expect("a disk");
+                    let disk = std::fs::read(directory.path().join(file)).expect("the disk");
+                    assert_eq!(disk[usize::from(byte) * 102_400], byte, "{volume} was not written");
+                    assert!(restored == disk, "{flavour:?} {engine}: {volume} differs");
+                }
             }
         }
     }
@@ -227,8 +240,7 @@ fn firmware_variables_are_a_volume_and_what_is_no_disk_is_skipped() {
 
 /// Nothing is left but one bitmap of the chain per volume.
 fn assert_clean_but_ours(scene: &Scene) {
-    let manifest: Value =
-        crate::bed::cli::Cli::new(["list", "-o", "json", "--qcow2-dir"]).arg(scene.target.path()).json();
+    let manifest: Value = Cli::new(["list", "-o", "json", "--qcow2-dir"]).arg(scene.target.path()).json();
     let last = manifest.as_array().and_then(|backups| backups.last()).expect("a backup");
     scene.assert_clean(Some(&bitmap(last)));
 }

@@ -40,7 +40,7 @@ fn a_grown_disk_stays_incremental_and_a_shrunk_one_does_not() {
         // A disk may grow by what was there before, as a block device does, and no guest wrote it.
         let path = &scene.vm.disk("root").path;
         let mut image = std::fs::File::options().append(true).open(path).expect("an image");
-        image.write_all(&[0x99; 3 << 20]).expect("more bytes");
+        image.write_all(&vec![0x99; 3 << 20]).expect("more bytes");
         resize(&scene, &mut control, "root", 9 * MIB + 512);
         resize(&scene, &mut control, "data", 7 * MIB + 512);
         write_all(&scene, &mut control, 2, 300);

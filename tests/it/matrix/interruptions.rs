@@ -192,3 +192,19 @@ fn a_paused_vm_is_backed_up_and_stays_paused() {
         }
     }
 }
+
+/// QEMU was started with `-S` and waits for its first `cont`.
+#[test]
+fn a_vm_that_was_not_started_yet_is_backed_up_and_still_waits() {
+    for (flavour, engine) in [(Flavour::Qemu10, "filter"), (Flavour::Next, "job")] {
+        let scene = scene(machine(flavour).arguments(&["-S"]).disk(DiskSpec::new("root", 2 * MIB)));
+        let mut control = scene.vm.control();
+        for (byte, kind) in [(1, "FirstBackup"), (2, INCREMENTAL)] {
+            write_all(&scene, &mut control, byte, 300 * u64::from(byte));
+            let report: Value = scene.backup().arg("--engine").arg(engine).json();
+            assert_kinds(&report, &[("root", kind)]);
+            assert_is_now(&scene, &mut control, &report);
+            assert_eq!(control.status(), "prelaunch", "{flavour:?} {engine}");
+        }
+    }
+}
