@@ -7,6 +7,8 @@ mod crash;
 mod dependencies;
 mod faults;
 mod guest_agent;
+mod hostile_libvirt;
+mod hostile_monitor;
 mod instants;
 mod libvirt;
 mod libvirt_daemon;
