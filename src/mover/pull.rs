@@ -13,7 +13,7 @@ use crate::{
 };
 use bytes::Bytes;
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -21,7 +21,7 @@ use std::{
     },
 };
 use tokio::{
-    net::UnixStream,
+    io::{AsyncRead, AsyncWrite},
     sync::{OwnedSemaphorePermit, Semaphore, oneshot},
 };
 
@@ -100,8 +100,8 @@ type Delivery = (Piece, Option<OwnedSemaphorePermit>);
 
 /// Reads everything that the request names into the sink. `Ok` only when every byte was read and the sink made it
 /// durable. Dropping the future closes the connection at once; a sink that hangs is left to its thread.
-pub async fn pull(
-    stream: UnixStream,
+pub async fn pull<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: S,
     request: &PullRequest,
     sink: Box<dyn ImageSink>,
     progress: &PullProgress,
@@ -176,14 +176,32 @@ struct Asked {
     cookie: u64,
     range: ByteRange,
     bytes: Vec<u8>,
-    /// Bytes received so far; chunks come in any order but never overlap.
+    /// Bytes received so far.
     received: u64,
+    /// Where they begin and end, as they came: in any order, but never twice.
+    parts: BTreeMap<u64, u64>,
     done: bool,
     buffer: Option<OwnedSemaphorePermit>,
 }
 
-struct Reader<'a> {
-    client: NbdClient,
+impl Asked {
+    /// Notes that `length` bytes came for `offset`; `None` when they do not belong here.
+    fn take(&mut self, offset: u64, length: u64) -> Option<()> {
+        let end = offset.checked_add(length)?;
+        let last = self.parts.range(..end).next_back();
+        if offset < self.range.start() || end > self.range.end() || last.is_some_and(|(_, last)| *last > offset) {
+            return None;
+        }
+        if length > 0 {
+            self.parts.insert(offset, end);
+            self.received += length;
+        }
+        Some(())
+    }
+}
+
+struct Reader<'a, S> {
+    client: NbdClient<S>,
     size: u64,
     request: &'a PullRequest,
     progress: &'a PullProgress,
@@ -195,7 +213,7 @@ struct Reader<'a> {
     read_bytes: u64,
 }
 
-impl Reader<'_> {
+impl<S: AsyncRead + AsyncWrite + Unpin> Reader<'_, S> {
     async fn run(&mut self) -> Result<(), PullError> {
         let mut total = 0;
         self.walk(|work| {
@@ -277,8 +295,11 @@ impl Reader<'_> {
                 Some(extents.iter().map(|e| Run { length: e.length, set: e.flags & flag != 0 }).collect())
             };
             match chunk.content {
-                Content::Status { context: 0, extents } => zero = runs(extents, nbd::STATE_ZERO),
-                Content::Status { extents, .. } => dirty = runs(extents, nbd::STATE_DIRTY),
+                Content::Status { context: 0, extents } if zero.is_none() => zero = runs(extents, nbd::STATE_ZERO),
+                Content::Status { context: 1, extents } if dirty.is_none() => dirty = runs(extents, nbd::STATE_DIRTY),
+                Content::Status { .. } => {
+                    return Err(NbdError::Protocol("a context twice in a block status".into()).into());
+                }
                 Content::Error { errno } => return Err(NbdError::Read { offset: at, errno }.into()),
                 Content::None => {}
                 _ => return Err(NbdError::Protocol("data in answer to a block status".into()).into()),
@@ -319,7 +340,15 @@ impl Reader<'_> {
             let bytes = vec![0; usize::try_from(length).unwrap_or(0)];
             let cookie = self.client.ask_read(at, u32::try_from(length).unwrap_or(0)).await?;
             let range = ByteRange::with_length(at, length).ok_or(PullError::SinkDied)?;
-            self.asked.push_back(Asked { cookie, range, bytes, received: 0, done: false, buffer: Some(buffer) });
+            self.asked.push_back(Asked {
+                cookie,
+                range,
+                bytes,
+                received: 0,
+                parts: BTreeMap::new(),
+                done: false,
+                buffer: Some(buffer),
+            });
             at += length;
         }
         Ok(())
@@ -352,19 +381,15 @@ impl Reader<'_> {
             }
             Content::Status { .. } => return Err(stray()),
         };
-        let at = offset.checked_sub(asked.range.start()).ok_or_else(stray)?;
-        if at.checked_add(length).is_none_or(|end| end > asked.range.len()) {
-            return Err(stray());
-        }
+        asked.take(offset, length).ok_or_else(stray)?;
         if let Content::Data { bytes, .. } = chunk.content {
-            if at == 0 && length == asked.range.len() {
+            if length == asked.range.len() {
                 asked.bytes = bytes.into();
             } else {
-                let at = usize::try_from(at).unwrap_or(usize::MAX);
+                let at = usize::try_from(offset - asked.range.start()).unwrap_or(usize::MAX);
                 asked.bytes[at..at + bytes.len()].copy_from_slice(&bytes);
             }
         }
-        asked.received += length;
         if chunk.done {
             if asked.received != asked.range.len() {
                 return Err(NbdError::Protocol("a read that was answered in part".into()).into());
