@@ -4,7 +4,7 @@
 //! thread of its own and may hang in the kernel for as long as its target does. Between them stand buffers of bounded
 //! number: a read is asked for only when there is one for its reply, so back-pressure of the target ends here.
 
-use super::Bandwidth;
+use super::{Bandwidth, asked::Asked};
 use crate::{
     extent::{ByteRange, Piece, Run, Work, align, intersection, plan},
     image::{ImageError, ImageSink, SinkSummary},
@@ -13,7 +13,7 @@ use crate::{
 };
 use bytes::Bytes;
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::VecDeque,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -170,36 +170,6 @@ fn start_sink(
     Ok((pieces, outcome))
 }
 
-/// A read under way.
-#[derive(Debug)]
-struct Asked {
-    cookie: u64,
-    range: ByteRange,
-    bytes: Vec<u8>,
-    /// Bytes received so far.
-    received: u64,
-    /// Where they begin and end, as they came: in any order, but never twice.
-    parts: BTreeMap<u64, u64>,
-    done: bool,
-    buffer: Option<OwnedSemaphorePermit>,
-}
-
-impl Asked {
-    /// Notes that `length` bytes came for `offset`; `None` when they do not belong here.
-    fn take(&mut self, offset: u64, length: u64) -> Option<()> {
-        let end = offset.checked_add(length)?;
-        let last = self.parts.range(..end).next_back();
-        if offset < self.range.start() || end > self.range.end() || last.is_some_and(|(_, last)| *last > offset) {
-            return None;
-        }
-        if length > 0 {
-            self.parts.insert(offset, end);
-            self.received += length;
-        }
-        Some(())
-    }
-}
-
 struct Reader<'a, S> {
     client: NbdClient<S>,
     size: u64,
@@ -340,15 +310,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<'_, S> {
             let bytes = vec![0; usize::try_from(length).unwrap_or(0)];
             let cookie = self.client.ask_read(at, u32::try_from(length).unwrap_or(0)).await?;
             let range = ByteRange::with_length(at, length).ok_or(PullError::SinkDied)?;
-            self.asked.push_back(Asked {
-                cookie,
-                range,
-                bytes,
-                received: 0,
-                parts: BTreeMap::new(),
-                done: false,
-                buffer: Some(buffer),
-            });
+            self.asked.push_back(Asked::new(cookie, range, bytes, buffer));
             at += length;
         }
         Ok(())

@@ -12,5 +12,7 @@ mod hostile_monitor;
 mod instants;
 mod libvirt;
 mod libvirt_daemon;
+mod nbd;
+mod pull;
 mod scene;
 mod smoke;

@@ -11,6 +11,6 @@ pub(crate) mod flavour;
 mod fuse;
 pub(crate) mod oracle;
 pub(crate) mod point_in_time;
-mod process;
+pub(crate) mod process;
 pub(crate) mod vm;
 pub(crate) mod writer;
