@@ -15,4 +15,5 @@ mod libvirt_daemon;
 mod nbd;
 mod pull;
 mod scene;
+mod seeds;
 mod smoke;
