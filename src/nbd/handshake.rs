@@ -1,6 +1,7 @@
 //! Fixed newstyle handshake.
 
 use super::{NbdError, wire::*};
+use crate::reason::printable;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 
 /// What the handshake settled.
@@ -116,9 +117,7 @@ async fn reply(
     let mut body = vec![0; length as usize];
     stream.read_exact(&mut body).await?;
     if kind & REP_ERROR != 0 {
-        // Printed on terminals: control characters of an untrusted text do not belong there.
-        let plain = |c: char| if c.is_control() { ' ' } else { c };
-        let text: String = String::from_utf8_lossy(&body).chars().take(300).map(plain).collect();
+        let text = printable(&String::from_utf8_lossy(&body), 300);
         let message = if text.is_empty() { format!("error {}", kind & !REP_ERROR) } else { text };
         return Err(NbdError::Refused { option: name, message });
     }

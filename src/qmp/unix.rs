@@ -1,6 +1,7 @@
 //! The monitor behind a Unix socket (`-qmp unix:…`).
 
 use super::{ErrorClass, Monitor, QmpError, codec::LineDecoder};
+use crate::reason::printable;
 use futures::{FutureExt, future::BoxFuture};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde_json::{Value, json};
@@ -337,14 +338,8 @@ fn deliver(shared: &Shared, mut message: Value) -> Result<(), ReadError> {
 }
 
 fn refusal(error: &Value) -> Refusal {
-    // Printed on terminals: control characters of an untrusted text do not belong there.
-    let plain = |c: char| if c.is_control() { ' ' } else { c };
-    let text = |key: &str| -> String {
-        let text = error.get(key).and_then(Value::as_str).unwrap_or("(no text)");
-        text.chars().take(2000).map(plain).collect()
-    };
-    let class = text("class");
-    Refusal { class: ErrorClass::from_wire(&class), description: text("desc") }
+    let text = |key: &str| printable(error.get(key).and_then(Value::as_str).unwrap_or("(no text)"), 2000);
+    Refusal { class: ErrorClass::from_wire(&text("class")), description: text("desc") }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
