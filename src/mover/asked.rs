@@ -17,13 +17,13 @@ pub(super) struct Asked {
     parts: BTreeMap<u64, u64>,
     /// The last chunk has come.
     pub(super) done: bool,
-    pub(super) buffer: Option<OwnedSemaphorePermit>,
+    pub(super) buffer: OwnedSemaphorePermit,
 }
 
 impl Asked {
     /// Nothing has come yet.
     pub(super) fn new(cookie: u64, range: ByteRange, bytes: Vec<u8>, buffer: OwnedSemaphorePermit) -> Self {
-        Self { cookie, range, bytes, received: 0, parts: BTreeMap::new(), done: false, buffer: Some(buffer) }
+        Self { cookie, range, bytes, received: 0, parts: BTreeMap::new(), done: false, buffer }
     }
 
     /// Notes that `length` bytes came for `offset`; `None` when they do not belong here.

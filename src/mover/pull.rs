@@ -96,7 +96,7 @@ impl Reason for PullError {
     }
 }
 
-type Delivery = (Piece, Option<OwnedSemaphorePermit>);
+type Delivery = (Piece, OwnedSemaphorePermit);
 
 /// Reads everything that the request names into the sink. `Ok` only when every byte was read and the sink made it
 /// durable. Dropping the future closes the connection at once; a sink that hangs is left to its thread.
@@ -200,7 +200,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<'_, S> {
                     Work::Zero => {
                         // Behind the reads before it, to keep the order.
                         self.drain().await?;
-                        self.deliver(Piece::Zero(range), None)?;
+                        // Small, but a sink that stalls would let them pile up without end.
+                        let place = self.wait_for_buffer().await?;
+                        self.deliver(Piece::Zero(range), place)?;
                     }
                     Work::Read => self.read(range).await?,
                 }
@@ -301,9 +303,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<'_, S> {
                     break buffer;
                 }
                 if self.asked.is_empty() {
-                    // Nothing is outstanding: here, and only here, the target's pace is waited for.
-                    let acquire = Arc::clone(&self.buffers).acquire_owned();
-                    break acquire.await.map_err(|_| PullError::SinkDied)?;
+                    break self.wait_for_buffer().await?;
                 }
                 self.receive().await?;
             };
@@ -314,6 +314,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<'_, S> {
             at += length;
         }
         Ok(())
+    }
+
+    /// Waits at the target's pace: only here, and only while nothing is outstanding.
+    async fn wait_for_buffer(&self) -> Result<OwnedSemaphorePermit, PullError> {
+        Arc::clone(&self.buffers).acquire_owned().await.map_err(|_| PullError::SinkDied)
     }
 
     fn outstanding(&self) -> u64 {
@@ -368,7 +373,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<'_, S> {
         Ok(())
     }
 
-    fn deliver(&self, piece: Piece, buffer: Option<OwnedSemaphorePermit>) -> Result<(), PullError> {
+    fn deliver(&self, piece: Piece, buffer: OwnedSemaphorePermit) -> Result<(), PullError> {
         self.pieces.send(Some((piece, buffer))).map_err(|_| PullError::SinkDied)
     }
 }

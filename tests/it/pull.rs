@@ -213,6 +213,43 @@ async fn a_sink_that_stalls_ends_the_asking_and_never_leaves_an_answer_unread() 
 }
 
 #[tokio::test]
+async fn a_sink_that_stalls_lets_no_zeroes_pile_up() {
+    const WINDOWS: u64 = 64;
+    const WINDOW: u64 = 32 << 20;
+    let looks = Arc::new(AtomicU64::new(0));
+    let counted = Arc::clone(&looks);
+    // Every other cluster was zeroed.
+    let stream = serve(WINDOWS * WINDOW, move |request| {
+        if request.command == STATUS {
+            counted.fetch_add(1, Ordering::Relaxed);
+        }
+        let clusters = u32::try_from(request.length / 65_536).unwrap();
+        let dirty: Vec<(u64, u32)> = (0..clusters).map(|number| (65_536, number % 2)).collect();
+        let mut reply = request.status(false, ALLOCATION, &[(request.length, 2)]);
+        reply.extend(request.status(true, BITMAP, &dirty));
+        (request.command == STATUS).then_some(reply)
+    });
+    let gate = Arc::new((Mutex::new(false), Condvar::new()));
+    let waits = Arc::clone(&gate);
+    let sink = Box::new(FnSink(move || {
+        drop(waits.1.wait_while(waits.0.lock().unwrap(), |open| !*open).unwrap());
+        Ok(())
+    }));
+    let pulling = tokio::spawn(pull_from(stream, true, sink));
+    let mut before = 0;
+    while looks.load(Ordering::Relaxed) != before || before == 0 {
+        before = looks.load(Ordering::Relaxed);
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    // All windows twice to know the amount; then two, in which 256 pieces are.
+    assert!(before <= 2 * WINDOWS + 4, "{before} looks");
+    *gate.0.lock().unwrap() = true;
+    gate.1.notify_all();
+    assert_eq!(soon(pulling).await.unwrap().unwrap().dirty_bytes, WINDOWS * WINDOW / 2);
+    assert_eq!(looks.load(Ordering::Relaxed), 4 * WINDOWS);
+}
+
+#[tokio::test]
 async fn block_status_that_lies_is_refused() {
     type Lie = fn(Request) -> Vec<u8>;
     let lies: &[(&str, bool, Lie)] = &[
