@@ -38,6 +38,8 @@ const BUFFERS: usize = 256;
 pub struct PullRequest {
     /// Name of the export.
     pub export: String,
+    /// Bytes that the disk has; an export of another size is refused. `None`: as many as the export says.
+    pub size: Option<u64>,
     /// Bitmap that says what changed; `None`: everything is read.
     pub bitmap: Option<String>,
     /// Read in any case.
@@ -109,6 +111,10 @@ pub async fn pull<S: AsyncRead + AsyncWrite + Unpin>(
     let mut contexts = vec!["base:allocation".to_owned()];
     contexts.extend(request.bitmap.iter().map(|name| format!("qemu:dirty-bitmap:{name}")));
     let client = NbdClient::connect(stream, &request.export, &contexts).await?;
+    if let Some(size) = request.size.filter(|size| *size != client.size()) {
+        // A shorter one would pass for a whole disk.
+        return Err(NbdError::Protocol(format!("an export of {} bytes for a disk of {size}", client.size())).into());
+    }
     let (pieces, outcome) = start_sink(sink)?;
     let mut reader = Reader {
         size: client.size(),

@@ -32,7 +32,7 @@ const OVERHEAD: u64 = 28;
 
 fn request(bitmap: bool) -> PullRequest {
     let bitmap = bitmap.then(|| "b".to_owned());
-    PullRequest { export: "disk".into(), bitmap, always: None, bandwidth: None }
+    PullRequest { export: "disk".into(), size: None, bitmap, always: None, bandwidth: None }
 }
 
 async fn pull_from(stream: UnixStream, bitmap: bool, sink: Box<dyn ImageSink>) -> Result<PullSummary, PullError> {
@@ -348,6 +348,17 @@ async fn errors_say_where_and_why() {
     let stream = serve(SIZE, |request| Some(request.error(12)));
     let error = pull_from(stream, false, Box::new(FnSink(|| Ok(())))).await.unwrap_err();
     assert!(matches!(error, PullError::Nbd(NbdError::Read { offset: 0, errno: 12 })), "{error:?}");
+}
+
+#[tokio::test]
+async fn an_export_that_is_shorter_than_the_disk_is_no_whole_disk() {
+    for size in [SIZE - 512, SIZE + 512] {
+        let wanted = PullRequest { size: Some(SIZE), ..request(false) };
+        let stream = serve(size, |request| Some(request.honest()));
+        let pulled = soon(pull(stream, &wanted, Box::new(FnSink(|| Ok(()))), &PullProgress::default())).await;
+        let error = std::error::Error::source(&pulled.unwrap_err()).unwrap().to_string();
+        assert!(error.contains(&format!("an export of {size} bytes for a disk of 1048576")), "{error}");
+    }
 }
 
 #[tokio::test]
