@@ -42,7 +42,8 @@ impl Store {
         let server = S3Server::start(directory.path());
         server.create_bucket(BUCKET);
         let proxy = S3Proxy::start(server.address());
-        let environment = environment(&proxy.endpoint()).into_iter().map(|(name, value)| (name.into(), value)).collect();
+        let environment =
+            environment(&proxy.endpoint()).into_iter().map(|(name, value)| (name.into(), value)).collect();
         Self { url: format!("s3://{BUCKET}/some/prefix"), directory, environment, s3: Some((server, proxy)) }
             .init(chunk_size)
     }
