@@ -13,6 +13,8 @@ mod location;
 mod manifest;
 mod plan;
 mod process;
+#[cfg(test)]
+mod protocol_test;
 mod prune;
 mod reader;
 #[allow(clippy::module_inception, reason = "the module is named for what it holds")]

@@ -22,7 +22,6 @@ use super::{
     repository::{Repository, chunk_name},
 };
 use jiff::Timestamp;
-use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::HashSet,
@@ -125,6 +124,12 @@ impl RepositorySession {
         Ok(Self { repository, inner, heartbeat })
     }
 
+    /// Name of its object.
+    #[cfg(test)]
+    pub(super) fn name(&self) -> &str {
+        &self.inner.name
+    }
+
     /// The repository.
     pub fn repository(&self) -> &Arc<Repository> {
         &self.repository
@@ -177,6 +182,13 @@ impl RepositorySession {
             return Err(lost(format!("no sign of life could be written for {silent} seconds")));
         }
         Ok(())
+    }
+}
+
+impl Drop for RepositorySession {
+    /// A session that nobody ends any more must not go on saying that it is alive.
+    fn drop(&mut self) {
+        self.heartbeat.abort();
     }
 }
 
@@ -256,6 +268,15 @@ impl Repository {
 }
 
 /// Seconds since boot, those included in which the machine slept.
+#[cfg(not(test))]
 pub(super) fn boot_seconds() -> i64 {
-    clock_gettime(ClockId::Boottime).tv_sec
+    rustix::time::clock_gettime(rustix::time::ClockId::Boottime).tv_sec
+}
+
+/// The same by the clock that a test lets run.
+#[cfg(test)]
+pub(super) fn boot_seconds() -> i64 {
+    static BOOT: std::sync::LazyLock<std::time::Instant> = std::sync::LazyLock::new(std::time::Instant::now);
+    let boot = *BOOT;
+    tokio::time::Instant::now().into_std().saturating_duration_since(boot).as_secs().cast_signed() + 1
 }
