@@ -133,6 +133,25 @@ async fn a_monitor_that_is_silent_or_drips_is_occupied_within_the_limit() {
 }
 
 #[tokio::test]
+async fn a_monitor_whose_queue_of_clients_is_full_is_occupied_within_the_limit() {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, bind, listen, socket};
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("qmp.sock");
+    let listener = socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+    bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+    // As QEMU does: one client is served, one more may wait.
+    listen(&listener, 1).unwrap();
+    let mut queued = Vec::new();
+    while let Ok(stream) = UnixStream::connect(&path).await {
+        queued.push(stream);
+    }
+    let begun = Instant::now();
+    let error = UnixMonitor::connect(&path, SHORT).await.unwrap_err();
+    assert!(matches!(error, QmpError::Occupied { .. }), "{error:?}");
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+}
+
+#[tokio::test]
 async fn garbage_ends_the_connection_with_the_reason() {
     let nested = [&b"{\"return\":".repeat(100_000)[..], b"\n"].concat();
     for garbage in [&b"\x00\xff\xfe\n"[..], b"{\"return\": \n", b"17\n", b"{\"id\": 2}\n", &nested] {
