@@ -6,6 +6,7 @@
 
 mod chunk;
 mod error;
+mod forget;
 mod index;
 mod key;
 mod location;
@@ -18,10 +19,12 @@ mod repository;
 mod seal;
 mod session;
 mod storage;
+mod usage;
 mod writer;
 
 pub use chunk::{ChunkId, DEFAULT_CHUNK_SIZE, MAX_CHUNK_SIZE, MIN_CHUNK_SIZE};
 pub use error::RepositoryError;
+pub use forget::NamedBackup;
 pub use index::{FANOUT, IndexReader, Shape};
 pub use key::{KeySlot, Passphrase};
 pub use location::Location;
@@ -31,4 +34,5 @@ pub use reader::VolumeReader;
 pub use repository::{REPOSITORY_VERSION, Repository};
 pub use session::RepositorySession;
 pub use storage::{Storage, StoredObject};
+pub use usage::ChunkUsage;
 pub use writer::{Base, ChunkPipeline, VolumeWriter};
