@@ -9,7 +9,10 @@ mod list;
 mod output;
 mod progress;
 mod recover;
+mod repository;
 mod repository_args;
+mod repository_info;
+mod repository_key;
 mod restore;
 mod size;
 mod target;
@@ -45,6 +48,9 @@ enum Command {
     Verify(verify::VerifyArgs),
     /// Restore a VM's disks, or one of them, as of a backup
     Restore(restore::RestoreArgs),
+    /// Make a repository, show what is in it, manage its passphrases
+    #[command(subcommand)]
+    Repository(repository::RepositoryCommand),
     /// Show a VM's disks, bitmaps, the engine that a backup would use and why, and what earlier runs left
     Inspect(inspect::InspectArgs),
     /// Remove what a backup that was killed left in a VM, and release the guest
@@ -94,6 +100,7 @@ async fn run(command: Command) -> Result<ExitCode, CliError> {
         Command::List(args) => list::run(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Restore(args) => restore::run(args).await,
+        Command::Repository(command) => repository::run(command).await,
         Command::Inspect(args) => inspect::run(args).await,
         Command::Recover(args) => recover::run(args).await,
         Command::Guardian { .. } => Ok(ExitCode::SUCCESS),
@@ -107,6 +114,7 @@ impl Command {
             Self::List(args) => args.output,
             Self::Verify(args) => args.output,
             Self::Restore(args) => args.output,
+            Self::Repository(command) => command.output(),
             Self::Inspect(args) => args.output,
             Self::Recover(args) => args.output,
             Self::Guardian { .. } => Output::Text,

@@ -10,6 +10,8 @@ mod guest_agent;
 mod instants;
 mod libvirt;
 mod libvirt_daemon;
+mod repository_cli;
+mod repository_scene;
 mod s3_bed;
 mod scene;
 mod smoke;
