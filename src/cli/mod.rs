@@ -4,6 +4,8 @@ mod backup;
 mod backup_run;
 mod connection;
 mod error;
+mod forget;
+mod forget_plan;
 mod inspect;
 mod list;
 mod output;
@@ -48,6 +50,8 @@ enum Command {
     Verify(verify::VerifyArgs),
     /// Restore a VM's disks, or one of them, as of a backup
     Restore(restore::RestoreArgs),
+    /// Forget backups in a repository, by a rule or by their ids
+    Forget(Box<forget::ForgetArgs>),
     /// Make a repository, show what is in it, manage its passphrases
     #[command(subcommand)]
     Repository(repository::RepositoryCommand),
@@ -100,6 +104,7 @@ async fn run(command: Command) -> Result<ExitCode, CliError> {
         Command::List(args) => list::run(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Restore(args) => restore::run(args).await,
+        Command::Forget(args) => forget::run(*args).await,
         Command::Repository(command) => repository::run(command).await,
         Command::Inspect(args) => inspect::run(args).await,
         Command::Recover(args) => recover::run(args).await,
@@ -114,6 +119,7 @@ impl Command {
             Self::List(args) => args.output,
             Self::Verify(args) => args.output,
             Self::Restore(args) => args.output,
+            Self::Forget(args) => args.output,
             Self::Repository(command) => command.output(),
             Self::Inspect(args) => args.output,
             Self::Recover(args) => args.output,

@@ -6,6 +6,7 @@ mod chain;
 mod crash;
 mod dependencies;
 mod faults;
+mod forget;
 mod guest_agent;
 mod instants;
 mod libvirt;
