@@ -11,6 +11,7 @@ mod inspect;
 mod list;
 mod output;
 mod progress;
+mod prune;
 mod recover;
 mod repository;
 mod repository_args;

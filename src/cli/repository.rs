@@ -1,8 +1,9 @@
 //! `virt-fleece repository`: what concerns a repository as a whole.
 
 use super::{
-    CliError,
+    CliError, check,
     output::Output,
+    prune,
     repository_args::{REPOSITORY_HELP, RepositoryArgs},
     repository_info, repository_key,
     size::{parse_size, show_size},
@@ -20,6 +21,10 @@ pub(super) enum RepositoryCommand {
     Init(InitArgs),
     /// Show what a repository is, and how much is in it
     Info(repository_info::InfoArgs),
+    /// Look for damage: every index, that every chunk is there, and as much of the data as is asked for
+    Check(CheckArgs),
+    /// Remove what no backup needs any more
+    Prune(prune::PruneArgs),
     /// Show, add and remove passphrases
     #[command(subcommand)]
     Key(repository_key::KeyCommand),
@@ -31,6 +36,8 @@ impl RepositoryCommand {
         match self {
             Self::Init(args) => args.output,
             Self::Info(args) => args.output,
+            Self::Check(args) => args.output,
+            Self::Prune(args) => args.output,
             Self::Key(command) => command.output(),
         }
     }
@@ -41,8 +48,28 @@ pub(super) async fn run(command: RepositoryCommand) -> Result<ExitCode, CliError
     match command {
         RepositoryCommand::Init(args) => init(args).await,
         RepositoryCommand::Info(args) => repository_info::run(args).await,
+        RepositoryCommand::Check(args) => {
+            check::check(args.repository.open().await?, None, None, args.read_data, args.output).await
+        }
+        RepositoryCommand::Prune(args) => prune::run(args).await,
         RepositoryCommand::Key(command) => repository_key::run(command).await,
     }
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Exit code 5 says that something is damaged. `virt-fleece verify --repository` does the same for one VM or \
+    one backup.\n\nExample:\n  virt-fleece repository check --repository /srv/backup --read-data 10"
+)]
+pub(super) struct CheckArgs {
+    #[command(flatten)]
+    repository: RepositoryArgs,
+    /// Read this percentage of the data, chosen at random each time
+    #[arg(long, value_name = "PERCENT", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=100))]
+    read_data: u8,
+    /// Form of the result
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Output,
 }
 
 #[derive(Debug, Args)]

@@ -39,8 +39,8 @@ pub(super) struct Plan {
     pub(super) condemned: u64,
     /// Bytes of their objects.
     pub(super) bytes: u64,
-    /// Sessions that may not have seen the list.
-    pub(super) waits_for: Vec<String>,
+    /// Sessions that may not have seen the list; `None` until they were looked for, which is after it was published.
+    pub(super) waits_for: Option<Vec<String>>,
 }
 
 impl Plan {

@@ -3,8 +3,8 @@
 //! nobody needs is gone in the end.
 
 use super::{
-    ChunkPipeline, Manifest, Passphrase, PruneOptions, PruneProgress, Repository, RepositoryError,
-    RepositorySession, Storage, StoredVolume, VolumeReader,
+    ChunkPipeline, Manifest, Passphrase, PruneOptions, PruneProgress, Repository, RepositoryError, RepositorySession,
+    Storage, StoredVolume, VolumeReader,
     chunk::{ChunkId, MIN_CHUNK_SIZE},
     manifest::MANIFEST_VERSION,
 };
@@ -207,7 +207,7 @@ async fn back_up(
     mut random: Random,
 ) -> Result<(), RepositoryError> {
     let session = Arc::new(RepositorySession::start(Arc::clone(repository)).await?);
-    let latest = repository.latest(vm).await?;
+    let latest = session.newest(vm).await?;
     let sequence = latest.as_ref().map_or(1, |latest| latest.backup.sequence + 1);
     let mut inherited = vec![ChunkId::ZERO; CHUNKS];
     if let Some(latest) = &latest {

@@ -7,6 +7,7 @@
 use super::{
     RepositoryError,
     chunk::ChunkId,
+    index::Shape,
     manifest::Manifest,
     plan::{PLAN, Plan, PlanState},
     process::Process,
@@ -128,7 +129,7 @@ impl Repository {
             parts: 0,
             condemned: 0,
             bytes: 0,
-            waits_for: Vec::new(),
+            waits_for: None,
         };
         let begun = boot_seconds();
         self.storage().create(PLAN, fresh.sealed(self)?.into()).await?;
@@ -176,6 +177,23 @@ impl Repository {
         chunks.retain(|id, _| !needed.contains(id));
         let bytes = chunks.values().sum();
         Ok((chunks.into_keys().collect(), bytes))
+    }
+
+    /// All chunks that sessions hold.
+    async fn held(self: &Arc<Self>) -> Result<HashSet<ChunkId>, RepositoryError> {
+        let mut held = Needed::default();
+        for (_, _, session) in self.running_sessions().await? {
+            // One that cannot be read knew the list, or it would have been waited for, and cannot commit.
+            let Some(session) = session else { continue };
+            held.chunks.extend(session.holds.iter().filter_map(|hold| ChunkId::from_hex(hold)));
+            for base in session.bases {
+                let Some(root) = ChunkId::from_hex(&base.root) else { continue };
+                let shape = Shape { size: base.size, chunk_size: self.chunk_size() };
+                let mut reader = VolumeReader::at(Arc::clone(self), shape, root);
+                reader.walk(&mut |level, id| held.enter(level, id)).await?;
+            }
+        }
+        Ok(held.chunks)
     }
 
     /// All chunks that backups need, pages of indexes included.
@@ -292,20 +310,28 @@ impl Prune {
         self.plan.bytes = bytes;
         self.plan.write_list(&self.repository, &condemned).await?;
         self.plan.state = PlanState::Marked;
-        self.sign().await?;
-        // After the list is there for all to see: who comes later knows it.
-        self.plan.waits_for = self.repository.running_sessions().await?.into_iter().map(|(name, ..)| name).collect();
         self.sign().await
     }
 
     /// Waits for the sessions that may not know the list; those that are left after `limit`.
     async fn wait_for_sessions(&mut self, limit: Duration) -> Result<Vec<String>, RepositoryError> {
         let begun = tokio::time::Instant::now();
+        let waits_for = match &self.plan.waits_for {
+            Some(sessions) => sessions.clone(),
+            None => {
+                // After the list is there for all to see: who comes later knows it.
+                let sessions = self.repository.running_sessions().await?;
+                let names: Vec<_> = sessions.into_iter().map(|(name, ..)| name).collect();
+                self.plan.waits_for = Some(names.clone());
+                self.sign().await?;
+                names
+            }
+        };
         loop {
             let mut left = Vec::new();
             let now = self.repository.now().await?;
             for (name, last_sign, session) in self.repository.running_sessions().await? {
-                if !self.plan.waits_for.contains(&name) {
+                if !waits_for.contains(&name) {
                     continue;
                 }
                 let ended = session.as_ref().and_then(|session| session.process.has_ended());
@@ -334,14 +360,9 @@ impl Prune {
         let mut condemned = self.plan.condemned(&repository).await?;
         let all = condemned.len() as u64;
         // Holds first, backups then: a session that ends in between has committed before its hold went away.
-        for (_, _, session) in repository.running_sessions().await? {
-            let holds = session.iter().flat_map(|session| &session.holds);
-            holds.filter_map(|hold| ChunkId::from_hex(hold)).for_each(|id| {
-                condemned.remove(&id);
-            });
-        }
+        let held = repository.held().await?;
         let needed = repository.needed(None).await?;
-        condemned.retain(|id| !needed.contains(id));
+        condemned.retain(|id| !held.contains(id) && !needed.contains(id));
         summary.rescued_chunks = all - condemned.len() as u64;
         progress.condemned.store(condemned.len() as u64, Ordering::Relaxed);
         let condemned: Vec<_> = condemned.into_iter().collect();

@@ -31,7 +31,12 @@ impl VolumeReader {
             RepositoryError::damaged(format!("volume `{}`", volume.name), "its index has no usable root")
         })?;
         let shape = volume.shape(&repository);
-        Ok(Self { repository, index: IndexReader::new(shape, root), root })
+        Ok(Self::at(repository, shape, root))
+    }
+
+    /// For an index.
+    pub(super) fn at(repository: Arc<Repository>, shape: Shape, root: ChunkId) -> Self {
+        Self { repository, index: IndexReader::new(shape, root), root }
     }
 
     /// Form of the volume.
