@@ -185,7 +185,9 @@ impl Repository {
     /// Adds a passphrase.
     pub async fn add_key(&self, passphrase: Passphrase, label: String) -> Result<KeySlot, RepositoryError> {
         if self.storage.list_all("keys").await?.len() >= MAX_SLOTS {
-            return Err(RepositoryError::Invalid(format!("there are {MAX_SLOTS} key slots already, no more are possible")));
+            return Err(RepositoryError::Invalid(format!(
+                "there are {MAX_SLOTS} key slots already, no more are possible"
+            )));
         }
         let slot = wrap(self.master.clone(), passphrase, label, self.id).await?;
         self.storage.create(&slot_name(&slot.id), json(&slot)).await?;
