@@ -97,13 +97,24 @@ impl Storage {
         Ok(time_of(&meta))
     }
 
-    /// Writes an object durably unless it exists; whether it was written.
+    /// Writes an object durably unless it exists; whether it was written. `content` must be unique, as sealed objects
+    /// are: it tells whose object is there.
     pub async fn create(&self, name: &str, content: Bytes) -> Result<bool, RepositoryError> {
         let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
-        match self.durable.put_opts(&self.path(name), PutPayload::from_bytes(content), options).await {
-            Ok(_) => Ok(true),
-            Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => Ok(false),
-            Err(error) => Err(RepositoryError::storage("write", name)(error)),
+        let payload = PutPayload::from_bytes(content.clone());
+        let Err(error) = self.durable.put_opts(&self.path(name), payload, options).await else { return Ok(true) };
+        let exists =
+            matches!(error, object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. });
+        // A request over the network that seemed to fail may have been carried out, and then repeated. A file that is
+        // there after a failure may not be durable.
+        if !exists && self.directory.is_some() {
+            return Err(RepositoryError::storage("write", name)(error));
+        }
+        match self.get(name, content.len() as u64).await {
+            Ok(Some(found)) if found == content => Ok(true),
+            Ok(_) | Err(RepositoryError::Damaged { .. }) if exists => Ok(false),
+            Err(failure) if exists => Err(failure),
+            _ => Err(RepositoryError::storage("write", name)(error)),
         }
     }
 
@@ -163,4 +174,22 @@ pub struct StoredObject {
     pub size: u64,
     /// When it was written, by the clock of the storage.
     pub last_modified: Timestamp,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_object_is_created_once_also_when_the_answer_was_lost() {
+        let store: Arc<dyn ObjectStore> = Arc::new(object_store::memory::InMemory::new());
+        let storage = Storage::new(Arc::clone(&store), store, Path::from("prefix"), "memory:", None);
+        assert!(storage.create("a", Bytes::from_static(b"mine")).await.unwrap());
+        assert!(storage.create("a", Bytes::from_static(b"mine")).await.unwrap(), "the same request once more");
+        for other in [&b"else"[..], b"x", b"much longer than the other"] {
+            assert!(!storage.create("a", Bytes::from_static(other)).await.unwrap());
+        }
+        assert_eq!(storage.get("a", 4).await.unwrap().unwrap(), b"mine"[..]);
+        assert!(matches!(storage.get("a", 3).await, Err(RepositoryError::Damaged { .. })));
+    }
 }
