@@ -228,6 +228,11 @@ impl Inner {
                         return Err(RepositoryError::Busy { what: "a prune", holder });
                     }
                     tokio::time::sleep(Duration::from_secs(1)).await;
+                    // The heartbeat waits for the state, which is held here.
+                    let silent = boot_seconds() - self.last_sign.load(Ordering::Acquire);
+                    if silent >= HEARTBEAT.as_secs().cast_signed() {
+                        self.write(repository, state).await?;
+                    }
                 }
                 Some(_) => {
                     state.condemned.remove(&id);
