@@ -55,12 +55,20 @@ pub(super) struct SessionObject {
     pub(super) holds: Vec<String>,
 }
 
-/// A backup under way.
+/// A backup under way. One that is dropped without [`RepositorySession::end`] counts as dead when its last sign of
+/// life is too old.
 #[derive(Debug)]
 pub struct RepositorySession {
     repository: Arc<Repository>,
     inner: Arc<Inner>,
     heartbeat: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for RepositorySession {
+    fn drop(&mut self) {
+        // A task goes on without its handle, and a prune would wait for a session that nobody has.
+        self.heartbeat.abort();
+    }
 }
 
 #[derive(Debug)]
