@@ -156,11 +156,21 @@ impl RepositorySession {
         self.repository.storage().flush().await?;
         let alive = self.prove_alive().await;
         let committed = match alive {
-            Ok(()) => self.repository.write_manifest(manifest).await,
+            Ok(()) => self.write_manifest(manifest).await,
             Err(error) => Err(error),
         };
         self.end().await;
         committed
+    }
+
+    /// Writes the manifest, and proves that it was in time: between the proof before it and its arrival any time may
+    /// have passed (a stopped process, a slow storage). A prune removes a session that it takes for dead before it
+    /// looks for manifests, so one that is there while its session still is has been, or will be, seen.
+    async fn write_manifest(&self, manifest: &Manifest) -> Result<(), RepositoryError> {
+        self.repository.write_manifest(manifest).await?;
+        let Err(error) = self.prove_alive().await else { return Ok(()) };
+        self.repository.forget(&manifest.backup.vm, &manifest.backup.id).await?;
+        Err(error)
     }
 
     /// Ends the session; what it stored stays until a prune.
