@@ -6,6 +6,8 @@
 
 mod chunk;
 mod error;
+#[cfg(test)]
+mod hostile;
 mod index;
 mod key;
 mod location;
@@ -18,6 +20,8 @@ mod repository;
 mod seal;
 mod session;
 mod storage;
+#[cfg(test)]
+mod vectors;
 mod writer;
 
 pub use chunk::{ChunkId, DEFAULT_CHUNK_SIZE, MAX_CHUNK_SIZE, MIN_CHUNK_SIZE};
