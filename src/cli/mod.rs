@@ -2,6 +2,7 @@
 
 mod backup;
 mod backup_run;
+mod check;
 mod connection;
 mod error;
 mod inspect;
@@ -11,7 +12,9 @@ mod progress;
 mod recover;
 mod repository_args;
 mod restore;
+mod restore_repository;
 mod size;
+mod store;
 mod target;
 mod verify;
 
@@ -91,8 +94,8 @@ pub fn main() -> ExitCode {
 async fn run(command: Command) -> Result<ExitCode, CliError> {
     match command {
         Command::Backup(args) => backup::run(*args).await,
-        Command::List(args) => list::run(&args),
-        Command::Verify(args) => verify::run(&args),
+        Command::List(args) => list::run(args).await,
+        Command::Verify(args) => verify::run(args).await,
         Command::Restore(args) => restore::run(args).await,
         Command::Inspect(args) => inspect::run(args).await,
         Command::Recover(args) => recover::run(args).await,

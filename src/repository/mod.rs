@@ -4,6 +4,7 @@
 //! its chunks, so that each restores on its own and deleting one never touches another. Dirty bitmaps only decide what
 //! has to be read. `docs/format.md` is the specification.
 
+mod check;
 mod chunk;
 mod error;
 #[cfg(test)]
@@ -14,9 +15,11 @@ mod location;
 mod manifest;
 mod plan;
 mod process;
+mod prune;
 mod reader;
 #[allow(clippy::module_inception, reason = "the module is named for what it holds")]
 mod repository;
+mod restore;
 mod seal;
 mod session;
 mod storage;
@@ -24,6 +27,7 @@ mod storage;
 mod vectors;
 mod writer;
 
+pub use check::{CheckOptions, CheckProgress, CheckSummary, CheckedBackup};
 pub use chunk::{ChunkId, DEFAULT_CHUNK_SIZE, MAX_CHUNK_SIZE, MIN_CHUNK_SIZE};
 pub use error::RepositoryError;
 pub use index::{FANOUT, IndexReader, Shape};
@@ -31,8 +35,10 @@ pub use key::{KeySlot, Passphrase};
 pub use location::Location;
 pub use manifest::{Catalogue, MANIFEST_VERSION, Manifest, StoredVolume};
 pub use process::Process;
+pub use prune::{PruneOptions, PruneProgress, PruneSummary};
 pub use reader::VolumeReader;
 pub use repository::{REPOSITORY_VERSION, Repository};
+pub use restore::{InPlaceSummary, RepositorySource, restore_in_place};
 pub use session::RepositorySession;
 pub use storage::{Storage, StoredObject};
 pub use writer::{Base, ChunkPipeline, VolumeWriter};

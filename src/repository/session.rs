@@ -278,6 +278,7 @@ impl Repository {
     }
 }
 
-fn boot_seconds() -> i64 {
+/// Seconds since boot, those included in which the machine slept.
+pub(super) fn boot_seconds() -> i64 {
     clock_gettime(ClockId::Boottime).tv_sec
 }

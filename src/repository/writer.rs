@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     extent::{ByteRange, Piece},
-    image::{ImageError, ImageSink, SinkError, SinkSummary},
+    image::{ForeignError, ImageError, ImageSink, SinkSummary},
 };
 use std::{
     collections::HashSet,
@@ -441,12 +441,12 @@ fn set(ids: &Mutex<Vec<ChunkId>>, chunk: u64, id: ChunkId) {
 
 impl ImageSink for VolumeWriter {
     fn write(&mut self, piece: Piece) -> Result<(), ImageError> {
-        self.take(piece).map_err(SinkError::new).map_err(ImageError::Sink)
+        self.take(piece).map_err(ForeignError::new).map_err(ImageError::Foreign)
     }
 
     /// All chunks are sent; they are durable, and the backup is one, only after
     /// [`RepositorySession::commit`].
     fn finish(mut self: Box<Self>) -> Result<SinkSummary, ImageError> {
-        self.complete().map_err(SinkError::new).map_err(ImageError::Sink)
+        self.complete().map_err(ForeignError::new).map_err(ImageError::Foreign)
     }
 }
