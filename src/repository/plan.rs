@@ -39,8 +39,8 @@ pub(super) struct Plan {
     pub(super) condemned: u64,
     /// Bytes of their objects.
     pub(super) bytes: u64,
-    /// Sessions that may not have seen the list.
-    pub(super) waits_for: Vec<String>,
+    /// Sessions that may not have seen the list; none while nobody has looked for them.
+    pub(super) waits_for: Option<Vec<String>>,
 }
 
 impl Plan {

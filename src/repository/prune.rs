@@ -128,7 +128,7 @@ impl Repository {
             parts: 0,
             condemned: 0,
             bytes: 0,
-            waits_for: Vec::new(),
+            waits_for: None,
         };
         let begun = boot_seconds();
         self.storage().create(PLAN, fresh.sealed(self)?.into()).await?;
@@ -292,20 +292,28 @@ impl Prune {
         self.plan.bytes = bytes;
         self.plan.write_list(&self.repository, &condemned).await?;
         self.plan.state = PlanState::Marked;
-        self.sign().await?;
-        // After the list is there for all to see: who comes later knows it.
-        self.plan.waits_for = self.repository.running_sessions().await?.into_iter().map(|(name, ..)| name).collect();
         self.sign().await
     }
 
     /// Waits for the sessions that may not know the list; those that are left after `limit`.
     async fn wait_for_sessions(&mut self, limit: Duration) -> Result<Vec<String>, RepositoryError> {
         let begun = tokio::time::Instant::now();
+        // After the list is there for all to see: who comes later knows it. Not before it is published, and again when
+        // whoever published it did not get this far.
+        let waits_for = if let Some(known) = &self.plan.waits_for {
+            known.clone()
+        } else {
+            let running = self.repository.running_sessions().await?;
+            let names: Vec<_> = running.into_iter().map(|(name, ..)| name).collect();
+            self.plan.waits_for = Some(names.clone());
+            self.sign().await?;
+            names
+        };
         loop {
             let mut left = Vec::new();
             let now = self.repository.now().await?;
             for (name, last_sign, session) in self.repository.running_sessions().await? {
-                if !self.plan.waits_for.contains(&name) {
+                if !waits_for.contains(&name) {
                     continue;
                 }
                 let ended = session.as_ref().and_then(|session| session.process.has_ended());
