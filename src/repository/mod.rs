@@ -17,6 +17,8 @@ mod plan;
 mod process;
 mod prune;
 mod reader;
+#[cfg(test)]
+mod reliance;
 #[allow(clippy::module_inception, reason = "the module is named for what it holds")]
 mod repository;
 mod restore;

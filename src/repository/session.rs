@@ -142,16 +142,38 @@ impl RepositorySession {
     /// removes it before this session ends.
     pub async fn is_missing(&self, id: ChunkId) -> Result<bool, RepositoryError> {
         let mut state = self.inner.state.lock().await;
-        if state.condemned.contains(&id) {
-            if self.inner.hold(&self.repository, &mut state, id).await? {
-                return Ok(false);
-            }
+        if state.condemned.contains(&id) && self.inner.hold(&self.repository, &mut state, &[id]).await? {
+            return Ok(false);
         }
         drop(state);
         Ok(!self.repository.storage().exists(&chunk_name(id)).await?)
     }
 
-    /// Commits a backup and ends the session. Every chunk that it names was found by [`Self::is_missing`] or sent.
+    /// Whether there is a list of condemned chunks, so that chunks of an earlier backup need [`Self::rely_on`].
+    pub(super) async fn knows_a_list(&self) -> bool {
+        !self.inner.state.lock().await.condemned.is_empty()
+    }
+
+    /// Makes sure of chunks that an earlier backup has. It may have been committed after the list was made, and be
+    /// forgotten before the prune looks at the backups once more: then only a hold keeps what is taken from it.
+    pub(super) async fn rely_on(&self, ids: &[ChunkId]) -> Result<(), RepositoryError> {
+        let mut state = self.inner.state.lock().await;
+        let condemned: Vec<_> = ids.iter().copied().filter(|id| state.condemned.contains(id)).collect();
+        if condemned.is_empty() || self.inner.hold(&self.repository, &mut state, &condemned).await? {
+            return Ok(());
+        }
+        drop(state);
+        for id in condemned {
+            if !self.repository.storage().exists(&chunk_name(id)).await? {
+                let why = "the backup that it stands on was forgotten and pruned".to_owned();
+                return Err(RepositoryError::SessionLost { why });
+            }
+        }
+        Ok(())
+    }
+
+    /// Commits a backup and ends the session. Every chunk that it names was found by [`Self::is_missing`] or
+    /// [`Self::rely_on`], or sent.
     pub async fn commit(&self, manifest: &Manifest) -> Result<(), RepositoryError> {
         self.repository.storage().flush().await?;
         let alive = self.prove_alive().await;
@@ -225,9 +247,9 @@ impl Inner {
         Ok(())
     }
 
-    /// Holds a condemned chunk; `false`: the prune is over, and the chunk has to be looked for like any other.
-    async fn hold(&self, repository: &Repository, state: &mut State, id: ChunkId) -> Result<bool, RepositoryError> {
-        state.object.holds.push(id.to_hex());
+    /// Holds condemned chunks; `false`: the prune is over, and they have to be looked for like any other.
+    async fn hold(&self, repository: &Repository, state: &mut State, ids: &[ChunkId]) -> Result<bool, RepositoryError> {
+        state.object.holds.extend(ids.iter().map(|id| id.to_hex()));
         self.write(repository, state).await?;
         let begun = tokio::time::Instant::now();
         loop {
@@ -253,7 +275,9 @@ impl Inner {
                     }
                 }
                 Some(_) => {
-                    state.condemned.remove(&id);
+                    for id in ids {
+                        state.condemned.remove(id);
+                    }
                     return Ok(true);
                 }
             }

@@ -304,7 +304,12 @@ impl VolumeWriter {
             return Ok(None);
         }
         let repository = self.pipeline.repository();
-        let ids = self.runtime.block_on(index.page_ids(repository, 1, number));
+        let session = &self.pipeline.session;
+        let ids = self.runtime.block_on(async {
+            let ids = index.page_ids(repository, 1, number).await?;
+            session.rely_on(&ids).await?;
+            Ok(ids)
+        });
         match ids {
             Ok(ids) => Ok(Some(ids)),
             // Of what only saves work nothing is demanded.
@@ -340,6 +345,8 @@ impl VolumeWriter {
     /// Leaves that no piece touched, up to this one.
     fn skip_to(&mut self, number: u64) -> Result<(), RepositoryError> {
         let seam = self.seam();
+        // Then it is not enough to take a page as it is: what it names has to be looked at.
+        let list = self.runtime.block_on(self.pipeline.session.knows_a_list());
         while (self.leaves.len() as u64) < number {
             let leaf = self.leaves.len() as u64;
             let id = match &mut self.base {
@@ -347,6 +354,7 @@ impl VolumeWriter {
                     // A last leaf that was shorter is another page, and so is one whose last chunk was shorter.
                     if base.shape.page_length(1, leaf) == self.shape.page_length(1, leaf)
                         && seam.is_none_or(|(chunk, _)| chunk / FANOUT != leaf)
+                        && !list
                     {
                         self.runtime.block_on(index.id(self.pipeline.repository(), 1, leaf))?
                     } else {
