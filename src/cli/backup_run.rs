@@ -265,6 +265,7 @@ async fn copy(
         .map(|(index, ((disk, sink), progress))| {
             let request = PullRequest {
                 export: disk.slot.export(),
+                size: Some(disk.volume.virtual_size),
                 bitmap: disk.previous_bitmap(),
                 always: match &disk.plan {
                     VolumePlan::Incremental { grown, .. } => *grown,

@@ -15,6 +15,8 @@ mod location;
 mod manifest;
 mod plan;
 mod process;
+#[cfg(test)]
+mod protocol_test;
 mod prune;
 mod reader;
 #[cfg(test)]

@@ -22,7 +22,6 @@ use super::{
     repository::{Repository, chunk_name},
 };
 use jiff::Timestamp;
-use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::HashSet,
@@ -62,13 +61,6 @@ pub struct RepositorySession {
     repository: Arc<Repository>,
     inner: Arc<Inner>,
     heartbeat: tokio::task::JoinHandle<()>,
-}
-
-impl Drop for RepositorySession {
-    fn drop(&mut self) {
-        // A task goes on without its handle, and a prune would wait for a session that nobody has.
-        self.heartbeat.abort();
-    }
 }
 
 #[derive(Debug)]
@@ -131,6 +123,12 @@ impl RepositorySession {
             }
         });
         Ok(Self { repository, inner, heartbeat })
+    }
+
+    /// Name of its object.
+    #[cfg(test)]
+    pub(super) fn name(&self) -> &str {
+        &self.inner.name
     }
 
     /// The repository.
@@ -220,6 +218,13 @@ impl RepositorySession {
     }
 }
 
+impl Drop for RepositorySession {
+    /// A session that nobody ends any more must not go on saying that it is alive.
+    fn drop(&mut self) {
+        self.heartbeat.abort();
+    }
+}
+
 impl Inner {
     /// Writes the session object. Only ever called with the newest state.
     async fn sign(&self, repository: &Repository) -> Result<(), RepositoryError> {
@@ -303,6 +308,15 @@ impl Repository {
 }
 
 /// Seconds since boot, those included in which the machine slept.
+#[cfg(not(test))]
 pub(super) fn boot_seconds() -> i64 {
-    clock_gettime(ClockId::Boottime).tv_sec
+    rustix::time::clock_gettime(rustix::time::ClockId::Boottime).tv_sec
+}
+
+/// The same by the clock that a test lets run.
+#[cfg(test)]
+pub(super) fn boot_seconds() -> i64 {
+    static BOOT: std::sync::LazyLock<std::time::Instant> = std::sync::LazyLock::new(std::time::Instant::now);
+    let boot = *BOOT;
+    tokio::time::Instant::now().into_std().saturating_duration_since(boot).as_secs().cast_signed() + 1
 }

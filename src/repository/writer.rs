@@ -102,6 +102,16 @@ impl ChunkPipeline {
         sent.map(|()| id)
     }
 
+    /// Stores content, as [`Self::store`] does.
+    #[cfg(test)]
+    pub(super) async fn store_plain(
+        self: &Arc<Self>,
+        content: Vec<u8>,
+        known: Option<ChunkId>,
+    ) -> Result<ChunkId, RepositoryError> {
+        self.store(content, known, &Counters::default()).await
+    }
+
     async fn send_if_missing(
         self: &Arc<Self>,
         id: ChunkId,

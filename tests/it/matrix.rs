@@ -11,7 +11,7 @@ use crate::{
     bed::{
         cli::Cli,
         control::Control,
-        disk::{Format, read_image},
+        disk::read_image,
         flavour::Flavour,
         vm::{Vm, VmBuilder},
     },
@@ -19,7 +19,6 @@ use crate::{
 };
 use serde_json::{Value, json};
 use std::{
-    os::unix::fs::FileExt,
     path::Path,
     time::{Duration, Instant},
 };
@@ -66,20 +65,8 @@ fn write_all(scene: &Scene, control: &mut Control, byte: u8, at_kib: u64) {
 /// The same for one disk.
 fn write(scene: &Scene, control: &mut Control, volume: &str, byte: u8, at_kib: u64) {
     let end = size(control, &scene.vm.disk(volume).format_node()) - 512;
-    for (at, length) in [(at_kib << 10, 100 << 10), (end, 512)] {
-        scene.vm.io(control, volume, &format!("write -P {byte} {at} {length}"));
-        assert_written(scene, volume, byte, at, length);
-    }
-}
-
-/// QEMU tells of failed writes on its standard output alone; in raw images one sees what was written.
-fn assert_written(scene: &Scene, volume: &str, byte: u8, at: u64, length: usize) {
-    let disk = scene.vm.disk(volume);
-    if disk.spec.format == Format::Raw {
-        let mut bytes = vec![0; length];
-        let image = std::fs::File::open(&disk.path).expect("an image");
-        image.read_exact_at(&mut bytes, at).expect("bytes of the image");
-        assert!(bytes.iter().all(|found| *found == byte), "{volume}: a write of {length} bytes at {at} failed");
+    for command in [format!("write -P {byte} {at_kib}k 100k"), format!("write -P {byte} {end} 512")] {
+        scene.vm.io(control, volume, &command);
     }
 }
 

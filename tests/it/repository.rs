@@ -1,7 +1,7 @@
 //! Backups of a real guest into a repository: exact instants, stored once, independent of each other.
 
 use crate::{
-    bed::{flavour::Flavour, oracle::Replay, point_in_time::PointInTime},
+    bed::{disk::DiskSpec, flavour::Flavour, oracle::Replay, point_in_time::PointInTime, vm::Vm},
     scene::{SIZES, Scene, VOLUMES, bitmap, id, is_incremental, stream},
     store::Store,
 };
@@ -86,7 +86,12 @@ pub(crate) fn scribble(scene: &Scene, round: u64) -> Vec<Vec<u8>> {
 #[test]
 fn a_lost_bitmap_costs_reading_and_not_storing() {
     let store = Store::directory(CHUNK);
-    let mut first = Scene::new(Flavour::Allowlist, false);
+    let images = tempfile::tempdir().expect("a directory");
+    let vm = Vm::builder(Flavour::Allowlist)
+        .disk(DiskSpec::new(VOLUMES[0], SIZES[0]).in_directory(images.path()))
+        .disk(DiskSpec::new(VOLUMES[1], SIZES[1]).in_directory(images.path()))
+        .guest(false);
+    let mut first = Scene::of(vm.clone().start());
     scribble(&first, 0);
     {
         // Content that nothing compresses or deduplicates away.
@@ -98,8 +103,8 @@ fn a_lost_bitmap_costs_reading_and_not_storing() {
     let full: Value = store.backup(&first).json();
     let (before, images) = (store.chunks().len(), scribble(&first, 1));
     first.vm.quit();
-    // The same disks under a new process of QEMU: the raw disk's bitmap is gone.
-    let scene = first.restarted();
+    // The same disks under a new process of QEMU: the bitmaps are gone.
+    let scene = Scene::of(vm.start());
     let report: Value = store.backup(&scene).json();
     let root = &report["volumes"][0];
     assert!(root.get("parent").is_none() && root["full_reason"].is_string(), "{report}");

@@ -13,7 +13,7 @@ pub(crate) mod flavour;
 mod fuse;
 pub(crate) mod oracle;
 pub(crate) mod point_in_time;
-mod process;
+pub(crate) mod process;
 pub(crate) mod proxy;
 pub(crate) mod s3;
 pub(crate) mod s3_proxy;

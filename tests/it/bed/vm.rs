@@ -229,11 +229,18 @@ impl Vm {
         disks.find(|disk| disk.spec.volume == volume).unwrap_or_else(|| panic!("no disk {volume}"))
     }
 
-    /// Runs a `qemu-io` command, say `write -P 0x5a 0 64k`, as if the device of this disk did it.
+    /// Runs a `qemu-io` command, say `write -P 0x5a 0 64k`, as if the device of this disk did it; it must succeed.
     pub(crate) fn io(&self, control: &mut Control, volume: &str, command: &str) {
         let device = self.disk(volume).device().expect("a device with an id");
+        let log = || fs::read(self.directory.path().join("qemu.log")).expect("the log");
+        let before = log().len();
         let printed = control.human(&format!("qemu-io -d {device} \"{command}\""));
         assert!(printed.trim().is_empty(), "{command} on {volume}: {printed}");
+        // Errors of the command itself are printed on standard output, a line at once, and never reach the monitor.
+        let log = log();
+        let printed = String::from_utf8_lossy(&log[before..]);
+        assert!(!printed.contains("failed"), "{command} on {volume}: {printed}");
+        assert!(!command.starts_with("write") || printed.contains("wrote"), "{command} on {volume} says nothing");
     }
 
     /// Plugs a disk in while the VM runs.

@@ -1,10 +1,7 @@
 //! The guest comes before the backup: fleeces that fill up where that hits the guest, a journal that cannot be written,
 //! signals between freeze and thaw.
 
-use super::{
-    INCREMENTAL, assert_is_now, assert_kinds, assert_written, complete_backups, machine, scene, wait_for_exports,
-    write_all,
-};
+use super::{INCREMENTAL, assert_is_now, assert_kinds, complete_backups, machine, scene, wait_for_exports, write_all};
 use crate::{
     bed::{
         agent::FakeAgent,
@@ -63,7 +60,6 @@ fn overwrite_until_it_gives_up(scene: &Scene, control: &mut Control, running: cr
     let mut running = running;
     for at in 0..48 {
         scene.vm.io(control, "root", &format!("write -P 2 {at}M 1M"));
-        assert_written(scene, "root", 2, at << 20, 1 << 20);
         if running.ends_within(Duration::from_millis(50)).is_some() {
             break;
         }
