@@ -178,12 +178,18 @@ impl Repository {
     async fn read_all(&self, names: Vec<ManifestName>) -> Catalogue {
         let mut catalogue = Catalogue::default();
         let mut read = stream::iter(names)
-            .map(|name| async move { self.read_manifest(&name).await })
+            .map(|name| async move {
+                let result = self.read_manifest(&name).await;
+                // One that was forgotten since it was listed is not damaged.
+                let gone = result.is_err() && self.storage().exists(&name.object).await.is_ok_and(|exists| !exists);
+                (!gone).then_some(result)
+            })
             .buffer_unordered(PARALLEL_READS);
         while let Some(result) = read.next().await {
             match result {
-                Ok(manifest) => catalogue.manifests.push(manifest),
-                Err(error) => catalogue.damaged.push(error),
+                Some(Ok(manifest)) => catalogue.manifests.push(manifest),
+                Some(Err(error)) => catalogue.damaged.push(error),
+                None => {}
             }
         }
         let order =

@@ -215,6 +215,7 @@ async fn back_up(
         for (chunk, id) in inherited.iter_mut().enumerate() {
             *id = reader.chunk_id(chunk as u64).await?;
         }
+        session.rely_on(&inherited).await?;
     }
     let pipeline = ChunkPipeline::new(Arc::clone(&session), 1);
     for id in &mut inherited {
