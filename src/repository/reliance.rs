@@ -89,7 +89,7 @@ async fn first(repository: &Arc<Repository>) -> Manifest {
 }
 
 /// Publishes a list with all that there is, as a prune does that read the backups before the first one was there.
-async fn condemn_everything(repository: &Repository) {
+async fn condemn_everything(repository: &Repository, waits_for: Option<Vec<String>>) {
     let mut condemned = Vec::new();
     for object in repository.storage().list_all("chunks").await.unwrap() {
         condemned.extend(super::repository::chunk_of_name(&object.name));
@@ -104,7 +104,7 @@ async fn condemn_everything(repository: &Repository) {
         parts: 0,
         condemned: 0,
         bytes: 0,
-        waits_for: Some(Vec::new()),
+        waits_for,
     };
     plan.write_list(repository, &condemned).await.unwrap();
     repository.storage().put(PLAN, plan.sealed(repository).unwrap().into()).await.unwrap();
@@ -130,7 +130,7 @@ async fn a_backup_outlives_its_base_that_is_forgotten_while_it_runs() {
     for inherited in [true, false] {
         let repository = repository().await;
         let below = first(&repository).await;
-        condemn_everything(&repository).await;
+        condemn_everything(&repository, Some(Vec::new())).await;
         let session = start(&repository).await;
         // Changed in the first leaf, which has an inherited chunk; the third one is inherited as a whole.
         let pieces = if inherited { vec![(0, 9)] } else { vec![(0, 1), (2, 2), (2400, 3)] };
@@ -147,7 +147,7 @@ async fn a_backup_outlives_its_base_that_is_forgotten_while_it_runs() {
 async fn a_backup_whose_base_was_pruned_before_it_was_looked_at_fails() {
     let repository = repository().await;
     let below = first(&repository).await;
-    condemn_everything(&repository).await;
+    condemn_everything(&repository, Some(Vec::new())).await;
     let session = start(&repository).await;
     let base = base(&repository, &below, true);
     repository.forget("web", &below.backup.id).await.unwrap();
@@ -158,4 +158,20 @@ async fn a_backup_whose_base_was_pruned_before_it_was_looked_at_fails() {
     });
     assert!(failed.await.unwrap().is_err());
     session.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_list_whose_prune_died_before_it_looked_for_sessions_is_waited_for() {
+    let repository = repository().await;
+    let below = first(&repository).await;
+    // It does not know the list that comes later.
+    let session = start(&repository).await;
+    condemn_everything(&repository, None).await;
+    repository.forget("web", &below.backup.id).await.unwrap();
+    assert_eq!(prune(&repository).await, 0);
+    let volume = store(&session, vec![(0, 1), (2, 2), (2400, 3)], None).await;
+    let second = manifest(2, volume);
+    session.commit(&second).await.unwrap();
+    assert_eq!(prune(&repository).await, 0, "everything is needed again");
+    reads(&repository, &second).await.unwrap();
 }

@@ -11,7 +11,7 @@
 //!    into its session object first, then looks whether the prune is deleting already. The prune says that it is
 //!    deleting first, then reads the holds. Whatever the order, one sees the other.
 //!
-//! `docs/format.md` describes the protocol, `tests/it/repository_prune.rs` plays it out of order.
+//! `docs/format.md` describes the protocol, `protocol_test.rs` plays it out of order.
 
 use super::{
     RepositoryError,
