@@ -120,9 +120,9 @@ async fn reads(repository: &Arc<Repository>, manifest: &Manifest) -> Result<(), 
     reader.pieces().try_for_each(|_| async { Ok(()) }).await
 }
 
-fn base(repository: &Repository, manifest: &Manifest, unchanged_is_inherited: bool) -> Option<Base> {
+fn base(repository: &Repository, manifest: &Manifest, unchanged_is_inherited: bool) -> Base {
     let volume = &manifest.volumes[0];
-    Some(Base { shape: volume.shape(repository), root: volume.root().unwrap(), unchanged_is_inherited })
+    Base { shape: volume.shape(repository), root: volume.root().unwrap(), unchanged_is_inherited }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -134,7 +134,7 @@ async fn a_backup_outlives_its_base_that_is_forgotten_while_it_runs() {
         let session = start(&repository).await;
         // Changed in the first leaf, which has an inherited chunk; the third one is inherited as a whole.
         let pieces = if inherited { vec![(0, 9)] } else { vec![(0, 1), (2, 2), (2400, 3)] };
-        let volume = store(&session, pieces, base(&repository, &below, inherited)).await;
+        let volume = store(&session, pieces, Some(base(&repository, &below, inherited))).await;
         repository.forget("web", &below.backup.id).await.unwrap();
         prune(&repository).await;
         let second = manifest(2, volume);
@@ -149,7 +149,7 @@ async fn a_backup_whose_base_was_pruned_before_it_was_looked_at_fails() {
     let below = first(&repository).await;
     condemn_everything(&repository, Some(Vec::new())).await;
     let session = start(&repository).await;
-    let base = base(&repository, &below, true);
+    let base = Some(base(&repository, &below, true));
     repository.forget("web", &below.backup.id).await.unwrap();
     assert!(prune(&repository).await > 0);
     let mut writer = Box::new(VolumeWriter::new(ChunkPipeline::new(Arc::clone(&session), 1), SIZE, base));
