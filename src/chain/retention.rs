@@ -73,15 +73,21 @@ impl Decision {
     }
 }
 
-/// A kind of period: its name, and how one is written, which is also what tells two of them apart.
-///
-/// The offset belongs to an hour because the clocks go back once a year: the same hour then comes twice.
-const PERIODS: [(&str, &str, fn(&Keep) -> u32); 5] = [
-    ("hourly", "%Y-%m-%d %H:00%:z", |keep| keep.keep_hourly),
-    ("daily", "%Y-%m-%d", |keep| keep.keep_daily),
-    ("weekly", "%G-W%V", |keep| keep.keep_weekly),
-    ("monthly", "%Y-%m", |keep| keep.keep_monthly),
-    ("yearly", "%Y", |keep| keep.keep_yearly),
+/// A kind of period.
+struct Period {
+    name: &'static str,
+    /// How one is written, which is also what tells two of them apart.
+    format: &'static str,
+    limit: fn(&Keep) -> u32,
+}
+
+const PERIODS: [Period; 5] = [
+    // The offset belongs to an hour because the clocks go back once a year: the same hour then comes twice.
+    Period { name: "hourly", format: "%Y-%m-%d %H:00%:z", limit: |keep| keep.keep_hourly },
+    Period { name: "daily", format: "%Y-%m-%d", limit: |keep| keep.keep_daily },
+    Period { name: "weekly", format: "%G-W%V", limit: |keep| keep.keep_weekly },
+    Period { name: "monthly", format: "%Y-%m", limit: |keep| keep.keep_monthly },
+    Period { name: "yearly", format: "%Y", limit: |keep| keep.keep_yearly },
 ];
 
 impl RetentionRule {
@@ -142,11 +148,11 @@ impl RetentionRule {
     /// The periods for which a backup is kept, given those that newer ones stand for.
     fn periods(&self, local: &Zoned, seen: &mut [HashSet<String>; PERIODS.len()]) -> Vec<String> {
         let mut reasons = Vec::new();
-        for ((name, format, limit), seen) in PERIODS.iter().zip(seen) {
+        for (kind, seen) in PERIODS.iter().zip(seen) {
             // All that were seen, not only the last one: where clocks go back over midnight, a day comes twice.
-            if seen.len() < limit(&self.keep) as usize {
-                let period = local.strftime(format).to_string();
-                let reason = format!("{name} {period}");
+            if seen.len() < (kind.limit)(&self.keep) as usize {
+                let period = local.strftime(kind.format).to_string();
+                let reason = format!("{} {period}", kind.name);
                 if seen.insert(period) {
                     reasons.push(reason);
                 }

@@ -5,12 +5,17 @@ mod backup_run;
 mod check;
 mod connection;
 mod error;
+mod forget;
+mod forget_plan;
 mod inspect;
 mod list;
 mod output;
 mod progress;
 mod recover;
+mod repository;
 mod repository_args;
+mod repository_info;
+mod repository_key;
 mod restore;
 mod restore_repository;
 mod size;
@@ -48,6 +53,11 @@ enum Command {
     Verify(verify::VerifyArgs),
     /// Restore a VM's disks, or one of them, as of a backup
     Restore(restore::RestoreArgs),
+    /// Forget backups in a repository, by a rule or by their ids
+    Forget(Box<forget::ForgetArgs>),
+    /// Make a repository, show what is in it, manage its passphrases
+    #[command(subcommand)]
+    Repository(repository::RepositoryCommand),
     /// Show a VM's disks, bitmaps, the engine that a backup would use and why, and what earlier runs left
     Inspect(inspect::InspectArgs),
     /// Remove what a backup that was killed left in a VM, and release the guest
@@ -97,6 +107,8 @@ async fn run(command: Command) -> Result<ExitCode, CliError> {
         Command::List(args) => list::run(args).await,
         Command::Verify(args) => verify::run(args).await,
         Command::Restore(args) => restore::run(args).await,
+        Command::Forget(args) => forget::run(*args).await,
+        Command::Repository(command) => repository::run(command).await,
         Command::Inspect(args) => inspect::run(args).await,
         Command::Recover(args) => recover::run(args).await,
         Command::Guardian { .. } => Ok(ExitCode::SUCCESS),
@@ -110,6 +122,8 @@ impl Command {
             Self::List(args) => args.output,
             Self::Verify(args) => args.output,
             Self::Restore(args) => args.output,
+            Self::Forget(args) => args.output,
+            Self::Repository(command) => command.output(),
             Self::Inspect(args) => args.output,
             Self::Recover(args) => args.output,
             Self::Guardian { .. } => Output::Text,

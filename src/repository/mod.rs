@@ -7,6 +7,7 @@
 mod check;
 mod chunk;
 mod error;
+mod forget;
 #[cfg(test)]
 mod hostile;
 mod index;
@@ -27,6 +28,7 @@ mod restore;
 mod seal;
 mod session;
 mod storage;
+mod usage;
 #[cfg(test)]
 mod vectors;
 mod writer;
@@ -34,6 +36,7 @@ mod writer;
 pub use check::{CheckOptions, CheckProgress, CheckSummary, CheckedBackup};
 pub use chunk::{ChunkId, DEFAULT_CHUNK_SIZE, MAX_CHUNK_SIZE, MIN_CHUNK_SIZE};
 pub use error::RepositoryError;
+pub use forget::NamedBackup;
 pub use index::{FANOUT, IndexReader, Shape};
 pub use key::{KeySlot, Passphrase};
 pub use location::Location;
@@ -45,4 +48,5 @@ pub use repository::{REPOSITORY_VERSION, Repository};
 pub use restore::{InPlaceSummary, RepositorySource, restore_in_place};
 pub use session::RepositorySession;
 pub use storage::{Storage, StoredObject};
+pub use usage::ChunkUsage;
 pub use writer::{Base, ChunkPipeline, VolumeWriter};
