@@ -186,6 +186,25 @@ impl Kdf {
 }
 
 #[cfg(test)]
+impl MasterKey {
+    /// A key that is known: for test vectors.
+    pub(super) fn for_vectors(key: [u8; 32]) -> Self {
+        Self(Zeroizing::new(key))
+    }
+}
+
+#[cfg(test)]
+impl Kdf {
+    /// Derivation of known cost and salt: for test vectors.
+    pub(super) fn for_vectors(passphrase: &Passphrase, salt: [u8; SALT]) -> (Self, Zeroizing<[u8; 32]>) {
+        let (memory_kib, iterations, parallelism) = (MEMORY_KIB, ITERATIONS, PARALLELISM);
+        let kdf = Self { algorithm: "argon2id".into(), memory_kib, iterations, parallelism, salt: hex(&salt) };
+        let key = kdf.key(passphrase, "vector").unwrap();
+        (kdf, key)
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -112,6 +112,10 @@ impl Repository {
         let name = self.manifest_name(&manifest.backup.vm, &manifest.backup.id);
         let document = serde_json::to_vec(manifest)
             .map_err(|error| RepositoryError::Invalid(format!("the manifest cannot be written: {error}")))?;
+        if document.len() as u64 > MAX_MANIFEST {
+            let (bytes, limit) = (document.len(), MAX_MANIFEST);
+            return Err(RepositoryError::Invalid(format!("the manifest has {bytes} bytes, more than {limit}")));
+        }
         let packed = super::chunk::pack(&document, 3, &mut None);
         let mut content = (document.len() as u64).to_le_bytes().to_vec();
         content.extend_from_slice(&packed);
@@ -123,7 +127,7 @@ impl Repository {
     }
 
     pub(super) async fn read_manifest(&self, name: &ManifestName) -> Result<Manifest, RepositoryError> {
-        let object = self.storage().require(&name.object, MAX_MANIFEST + OVERHEAD as u64).await?;
+        let object = self.storage().require(&name.object, MAX_MANIFEST + 9 + OVERHEAD as u64).await?;
         let content = self.manifests().open(name.object.as_bytes(), &object, &name.object)?;
         let damaged = |detail: String| RepositoryError::damaged(&name.object, detail);
         let (length, packed) = content.split_at_checked(8).ok_or_else(|| damaged("it is too short".into()))?;
@@ -144,10 +148,14 @@ impl Repository {
             return Err(damaged("it is the manifest of another backup".into()));
         }
         let bad = |volume: &StoredVolume| volume.root().is_none() || volume.virtual_size > MAX_VIRTUAL_SIZE;
-        match manifest.volumes.iter().find(|volume| bad(volume)) {
-            Some(volume) => Err(damaged(format!("volume `{}` has no usable index", volume.name))),
-            None => Ok(manifest),
+        if let Some(volume) = manifest.volumes.iter().find(|volume| bad(volume)) {
+            return Err(damaged(format!("volume `{}` has no usable index", volume.name)));
         }
+        let names: std::collections::HashSet<_> = manifest.volumes.iter().map(|volume| &volume.name).collect();
+        if names.len() != manifest.volumes.len() {
+            return Err(damaged("it has two volumes of one name".into()));
+        }
+        Ok(manifest)
     }
 
     /// Names of the backups, of one VM or all, oldest first.
@@ -171,11 +179,10 @@ impl Repository {
         let mut catalogue = Catalogue::default();
         let mut read = stream::iter(names)
             .map(|name| async move {
-                match self.read_manifest(&name).await {
-                    // Forgotten since it was listed.
-                    Err(_) if matches!(self.storage().exists(&name.object).await, Ok(false)) => None,
-                    result => Some(result),
-                }
+                let result = self.read_manifest(&name).await;
+                // One that was forgotten since it was listed is not damaged.
+                let gone = result.is_err() && self.storage().exists(&name.object).await.is_ok_and(|exists| !exists);
+                (!gone).then_some(result)
             })
             .buffer_unordered(PARALLEL_READS);
         while let Some(result) = read.next().await {

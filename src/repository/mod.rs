@@ -8,6 +8,8 @@ mod check;
 mod chunk;
 mod error;
 mod forget;
+#[cfg(test)]
+mod hostile;
 mod index;
 mod key;
 mod location;
@@ -18,6 +20,8 @@ mod process;
 mod protocol_test;
 mod prune;
 mod reader;
+#[cfg(test)]
+mod reliance;
 #[allow(clippy::module_inception, reason = "the module is named for what it holds")]
 mod repository;
 mod restore;
@@ -25,6 +29,8 @@ mod seal;
 mod session;
 mod storage;
 mod usage;
+#[cfg(test)]
+mod vectors;
 mod writer;
 
 pub use check::{CheckOptions, CheckProgress, CheckSummary, CheckedBackup};

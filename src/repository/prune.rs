@@ -266,6 +266,15 @@ fn is_within_lease(written: Timestamp, now: Timestamp) -> bool {
     now.duration_since(written) < jiff::SignedDuration::try_from(LEASE).unwrap_or(jiff::SignedDuration::MAX)
 }
 
+/// Whether a prune whose last sign of life was then may go on.
+fn check_silence(last_sign: i64) -> Result<(), RepositoryError> {
+    let silent = boot_seconds() - last_sign;
+    if silent > SWEEP_LIMIT {
+        return Err(RepositoryError::SessionLost { why: format!("this prune stood still for {silent} seconds") });
+    }
+    Ok(())
+}
+
 struct Prune {
     repository: Arc<Repository>,
     plan: Plan,
@@ -289,21 +298,36 @@ impl Prune {
         Ok(())
     }
 
+    /// Goes on giving signs of life while something takes its time.
+    async fn while_signing<T>(
+        &mut self,
+        work: impl Future<Output = Result<T, RepositoryError>>,
+    ) -> Result<T, RepositoryError> {
+        let mut work = std::pin::pin!(work);
+        loop {
+            let pause = tokio::time::sleep(Duration::from_secs(SIGN_EVERY.cast_unsigned()));
+            tokio::select! {
+                done = &mut work => return done,
+                () = pause => self.sign().await?,
+            }
+        }
+    }
+
     /// After a long pause it may have been taken for dead.
     fn check_alive(&self) -> Result<(), RepositoryError> {
-        let silent = boot_seconds() - self.last_sign;
-        if silent > SWEEP_LIMIT {
-            return Err(RepositoryError::SessionLost { why: format!("this prune stood still for {silent} seconds") });
-        }
-        Ok(())
+        check_silence(self.last_sign)
     }
 
     async fn mark(&mut self, progress: &PruneProgress, summary: &mut PruneSummary) -> Result<(), RepositoryError> {
-        let found = self.repository.unneeded(progress, summary).await;
+        let repository = Arc::clone(&self.repository);
+        let found = self.while_signing(repository.unneeded(progress, summary)).await;
         let (condemned, bytes) = match found {
             Ok(found) => found,
             Err(error) => {
-                self.repository.storage().delete(PLAN).await?;
+                // Unless it is the plan of a prune that took over.
+                if self.sign().await.is_ok() {
+                    self.repository.storage().delete(PLAN).await?;
+                }
                 return Err(error);
             }
         };
@@ -316,16 +340,16 @@ impl Prune {
     /// Waits for the sessions that may not know the list; those that are left after `limit`.
     async fn wait_for_sessions(&mut self, limit: Duration) -> Result<Vec<String>, RepositoryError> {
         let begun = tokio::time::Instant::now();
-        let waits_for = match &self.plan.waits_for {
-            Some(sessions) => sessions.clone(),
-            None => {
-                // After the list is there for all to see: who comes later knows it.
-                let sessions = self.repository.running_sessions().await?;
-                let names: Vec<_> = sessions.into_iter().map(|(name, ..)| name).collect();
-                self.plan.waits_for = Some(names.clone());
-                self.sign().await?;
-                names
-            }
+        // After the list is there for all to see: who comes later knows it. Not before it is published, and again when
+        // whoever published it did not get this far.
+        let waits_for = if let Some(known) = &self.plan.waits_for {
+            known.clone()
+        } else {
+            let running = self.repository.running_sessions().await?;
+            let names: Vec<_> = running.into_iter().map(|(name, ..)| name).collect();
+            self.plan.waits_for = Some(names.clone());
+            self.sign().await?;
+            names
         };
         loop {
             let mut left = Vec::new();
@@ -360,8 +384,8 @@ impl Prune {
         let mut condemned = self.plan.condemned(&repository).await?;
         let all = condemned.len() as u64;
         // Holds first, backups then: a session that ends in between has committed before its hold went away.
-        let held = repository.held().await?;
-        let needed = repository.needed(None).await?;
+        let held = self.while_signing(repository.held()).await?;
+        let needed = self.while_signing(repository.needed(None)).await?;
         condemned.retain(|id| !held.contains(id) && !needed.contains(id));
         summary.rescued_chunks = all - condemned.len() as u64;
         progress.condemned.store(condemned.len() as u64, Ordering::Relaxed);
@@ -371,10 +395,15 @@ impl Prune {
             if boot_seconds() - self.last_sign > SIGN_EVERY {
                 self.sign().await?;
             }
+            let last_sign = self.last_sign;
             let mut deletes = stream::iter(batch.to_vec())
                 .map(|id| {
                     let repository = Arc::clone(&repository);
-                    async move { repository.storage().delete(&chunk_name(id)).await }
+                    async move {
+                        // Each, not each batch: a process that was stopped goes on in the middle of one.
+                        check_silence(last_sign)?;
+                        repository.storage().delete(&chunk_name(id)).await
+                    }
                 })
                 .buffer_unordered(PARALLEL_DELETES);
             while let Some(deleted) = deletes.next().await {

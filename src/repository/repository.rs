@@ -271,6 +271,20 @@ pub(super) fn chunk_name(id: ChunkId) -> String {
     format!("chunks/{}/{hex}", &hex[..2])
 }
 
+#[cfg(test)]
+impl Repository {
+    /// One with known keys, and its `repository.json`: for test vectors.
+    pub(super) fn for_vectors(storage: Storage, id: [u8; 16], master: MasterKey) -> (Self, String) {
+        let created = "2026-11-25T01:02:03.5Z".to_owned();
+        let (format, version, chunk_size) = (FORMAT.into(), REPOSITORY_VERSION, MIN_CHUNK_SIZE);
+        let mut config = Config { format, version, id: key::hex(&id), chunk_size, created, mac: String::new() };
+        config.mac = config.mac(&master).to_hex().to_string();
+        let document = String::from_utf8(json(&config).to_vec()).unwrap();
+        let created = config.created.parse().unwrap();
+        (Self::with_key(storage, id, chunk_size, created, master), document)
+    }
+}
+
 /// The chunk that an object's name stands for.
 pub(super) fn chunk_of_name(name: &str) -> Option<ChunkId> {
     let (directory, hex) = name.strip_prefix("chunks/")?.split_once('/')?;

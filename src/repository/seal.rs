@@ -57,6 +57,11 @@ impl Sealer {
             attempt: "take randomness from the system",
             source: std::io::Error::other(error),
         })?;
+        self.seal_salted(name, content, salt)
+    }
+
+    /// With a salt that must be used for nothing else.
+    fn seal_salted(&self, name: &[u8], content: &[u8], salt: [u8; SALT]) -> Result<Vec<u8>, RepositoryError> {
         let mut object = Vec::with_capacity(content.len() + OVERHEAD);
         object.extend_from_slice(MAGIC);
         object.push(self.kind as u8);
@@ -111,6 +116,14 @@ impl Sealer {
         bound.extend_from_slice(&self.repository);
         bound.extend_from_slice(name);
         bound
+    }
+}
+
+#[cfg(test)]
+impl Sealer {
+    /// Seals with a salt that is known: for test vectors.
+    pub(super) fn seal_for_a_vector(&self, name: &[u8], content: &[u8], salt: [u8; SALT]) -> Vec<u8> {
+        self.seal_salted(name, content, salt).unwrap()
     }
 }
 

@@ -12,7 +12,7 @@
 //!    deleting first, then reads the holds. Whatever the order, one sees the other. The index of the backup that an
 //!    incremental one stands on is held in the same way.
 //!
-//! `docs/format.md` describes the protocol, `tests/it/repository_prune.rs` plays it out of order.
+//! `docs/format.md` describes the protocol, `protocol_test.rs` plays it out of order.
 
 use super::{
     RepositoryError,
@@ -66,7 +66,8 @@ pub(super) struct HeldIndex {
     pub(super) size: u64,
 }
 
-/// A backup under way.
+/// A backup under way. One that is dropped without [`RepositorySession::end`] counts as dead when its last sign of
+/// life is too old.
 #[derive(Debug)]
 pub struct RepositorySession {
     repository: Arc<Repository>,
@@ -156,10 +157,8 @@ impl RepositorySession {
     /// removes it before this session ends.
     pub async fn is_missing(&self, id: ChunkId) -> Result<bool, RepositoryError> {
         let mut state = self.inner.state.lock().await;
-        if state.condemned.contains(&id) {
-            if self.inner.hold(&self.repository, &mut state, id).await? {
-                return Ok(false);
-            }
+        if state.condemned.contains(&id) && self.inner.hold(&self.repository, &mut state, id).await? {
+            return Ok(false);
         }
         drop(state);
         Ok(!self.repository.storage().exists(&chunk_name(id)).await?)
@@ -200,11 +199,21 @@ impl RepositorySession {
         self.repository.storage().flush().await?;
         let alive = self.prove_alive().await;
         let committed = match alive {
-            Ok(()) => self.repository.write_manifest(manifest).await,
+            Ok(()) => self.write_manifest(manifest).await,
             Err(error) => Err(error),
         };
         self.end().await;
         committed
+    }
+
+    /// Writes the manifest, and proves that it was in time: between the proof before it and its arrival any time may
+    /// have passed (a stopped process, a slow storage). A prune removes a session that it takes for dead before it
+    /// looks for manifests, so one that is there while its session still is has been, or will be, seen.
+    async fn write_manifest(&self, manifest: &Manifest) -> Result<(), RepositoryError> {
+        self.repository.write_manifest(manifest).await?;
+        let Err(error) = self.prove_alive().await else { return Ok(()) };
+        self.repository.forget(&manifest.backup.vm, &manifest.backup.id).await?;
+        Err(error)
     }
 
     /// Ends the session; what it stored stays until a prune.
@@ -297,6 +306,11 @@ impl Inner {
                         return Err(RepositoryError::Busy { what: "a prune", holder });
                     }
                     tokio::time::sleep(Duration::from_secs(1)).await;
+                    // The heartbeat waits for the state, which is held here.
+                    let silent = boot_seconds() - self.last_sign.load(Ordering::Acquire);
+                    if silent >= HEARTBEAT.as_secs().cast_signed() {
+                        self.write(repository, state).await?;
+                    }
                 }
                 Some(_) => return Ok(true),
             }

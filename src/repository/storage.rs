@@ -118,7 +118,8 @@ impl Storage {
         Ok(time_of(&meta))
     }
 
-    /// Writes an object durably unless it exists; whether it was written.
+    /// Writes an object durably unless it exists; whether it was written. `content` must be unique, as sealed objects
+    /// are: it tells whose object is there.
     pub async fn create(&self, name: &str, content: Bytes) -> Result<bool, RepositoryError> {
         Ok(self.put_conditionally(name, content, PutMode::Create).await?.is_some())
     }
@@ -143,14 +144,23 @@ impl Storage {
     ) -> Result<Option<Version>, RepositoryError> {
         let options = PutOptions { mode, ..PutOptions::default() };
         let payload = PutPayload::from_bytes(content.clone());
-        match self.durable.put_opts(&self.path(name), payload, options).await {
-            Ok(written) => Ok(Some(written.into())),
-            Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
-                // Or we were faster: an answer that got lost is followed by a second try, which meets the first.
-                let found = self.get_with_version(name, content.len() as u64).await;
-                Ok(found.ok().flatten().filter(|(found, _)| *found == content).map(|(_, version)| version))
-            }
-            Err(error) => Err(RepositoryError::storage("write", name)(error)),
+        let error = match self.durable.put_opts(&self.path(name), payload, options).await {
+            Ok(written) => return Ok(Some(written.into())),
+            Err(error) => error,
+        };
+        let refused =
+            matches!(error, object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. });
+        // A file that is there after a failure may not be durable.
+        if !refused && self.directory.is_some() {
+            return Err(RepositoryError::storage("write", name)(error));
+        }
+        // A request over the network that seemed to fail may have been carried out: when its answer got lost, or when
+        // it was repeated and met the first.
+        match self.get_with_version(name, content.len() as u64).await {
+            Ok(Some((found, version))) if found == content => Ok(Some(version)),
+            Ok(_) | Err(RepositoryError::Damaged { .. }) if refused => Ok(None),
+            Err(failure) if refused => Err(failure),
+            _ => Err(RepositoryError::storage("write", name)(error)),
         }
     }
 
@@ -231,4 +241,22 @@ pub struct StoredObject {
     pub size: u64,
     /// When it was written, by the clock of the storage.
     pub last_modified: Timestamp,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_object_is_created_once_also_when_the_answer_was_lost() {
+        let store: Arc<dyn ObjectStore> = Arc::new(object_store::memory::InMemory::new());
+        let storage = Storage::new(Arc::clone(&store), store, Path::from("prefix"), "memory:", None);
+        assert!(storage.create("a", Bytes::from_static(b"mine")).await.unwrap());
+        assert!(storage.create("a", Bytes::from_static(b"mine")).await.unwrap(), "the same request once more");
+        for other in [&b"else"[..], b"x", b"much longer than the other"] {
+            assert!(!storage.create("a", Bytes::from_static(other)).await.unwrap());
+        }
+        assert_eq!(storage.get("a", 4).await.unwrap().unwrap(), b"mine"[..]);
+        assert!(matches!(storage.get("a", 3).await, Err(RepositoryError::Damaged { .. })));
+    }
 }

@@ -152,7 +152,7 @@ struct Counters {
     stored_bytes: AtomicU64,
 }
 
-/// Below a new backup: the index of the one before.
+/// Below a new backup: the index of the one before, which the session has adopted ([`RepositorySession::adopt`]).
 #[derive(Debug, Clone, Copy)]
 pub struct Base {
     /// Form of its index.
@@ -298,15 +298,11 @@ impl VolumeWriter {
         }
         self.close_leaf()?;
         self.skip_to(number)?;
-        let length = self.shape.page_length(1, number) as usize;
         let known = self.base_leaf(number)?;
         let inherited = self.base.as_ref().is_some_and(|(base, _)| base.unchanged_is_inherited);
-        let mut ids = match (&known, inherited) {
-            (Some(known), true) => known.clone(),
-            _ => Vec::new(),
-        };
+        let mut ids = if inherited { known.clone().unwrap_or_default() } else { Vec::new() };
         // The volume may have grown, or shrunk.
-        ids.resize(length, ChunkId::ZERO);
+        ids.resize(self.shape.page_length(1, number) as usize, ChunkId::ZERO);
         let leaf = Leaf { ids: Arc::new(Mutex::new(ids)), known: known.map(Arc::new) };
         self.leaf = Some((number, leaf.clone()));
         Ok(leaf)
@@ -327,14 +323,41 @@ impl VolumeWriter {
         }
     }
 
+    /// Gives the chunk at the seam, where the leaf still has it from the base, the length that it has here.
+    fn fit(&self, number: u64, known: &[ChunkId], ids: &mut [ChunkId]) -> Result<(), RepositoryError> {
+        let Some((seam, length)) = self.seam().filter(|(seam, _)| seam / FANOUT == number) else { return Ok(()) };
+        let position = (seam % FANOUT) as usize;
+        // Content of another length has another id: the same one was inherited.
+        if let (Some(old), Some(id)) = (known.get(position), ids.get_mut(position))
+            && old == id
+            && !id.is_zero()
+        {
+            let mut content = self.runtime.block_on(self.pipeline.repository().read_chunk(*old, length))?;
+            content.resize(self.shape.length(seam) as usize, 0);
+            *id = self.store_aside(content)?;
+        }
+        Ok(())
+    }
+
+    /// The chunk that has another length than in the base, which must not be inherited as it is, and its length there.
+    fn seam(&self) -> Option<(u64, u64)> {
+        let (base, _) = self.base.as_ref().filter(|(base, _)| base.shape.size != self.shape.size)?;
+        let seam = (base.shape.size.min(self.shape.size)).checked_sub(1)? / self.shape.chunk_size;
+        let length = base.shape.length(seam);
+        (length != self.shape.length(seam)).then_some((seam, length))
+    }
+
     /// Leaves that no piece touched, up to this one.
     fn skip_to(&mut self, number: u64) -> Result<(), RepositoryError> {
+        let seam = self.seam();
         while (self.leaves.len() as u64) < number {
             let leaf = self.leaves.len() as u64;
             let id = match &mut self.base {
                 Some((base, index)) if base.unchanged_is_inherited && leaf < base.shape.ids(1) => {
-                    // A last leaf that was shorter is another page.
-                    if base.shape.page_length(1, leaf) == self.shape.page_length(1, leaf) {
+                    // A last leaf that was shorter is another page, and so is one whose last chunk was shorter.
+                    if base.shape.page_length(1, leaf) == self.shape.page_length(1, leaf)
+                        && seam.is_none_or(|(chunk, _)| chunk / FANOUT != leaf)
+                    {
                         self.runtime.block_on(index.id(self.pipeline.repository(), 1, leaf))?
                     } else {
                         self.leaf_of_base(leaf)?
@@ -348,15 +371,20 @@ impl VolumeWriter {
     }
 
     fn leaf_of_base(&mut self, number: u64) -> Result<ChunkId, RepositoryError> {
-        let mut ids = self.base_leaf(number)?.unwrap_or_default();
+        let known = self.base_leaf(number)?.unwrap_or_default();
+        let mut ids = known.clone();
         ids.resize(self.shape.page_length(1, number) as usize, ChunkId::ZERO);
+        self.fit(number, &known, &mut ids)?;
         self.store_page(&ids)
     }
 
     fn close_leaf(&mut self) -> Result<(), RepositoryError> {
-        let Some((_, leaf)) = self.leaf.take() else { return Ok(()) };
+        let Some((number, leaf)) = self.leaf.take() else { return Ok(()) };
         self.drain()?;
-        let ids = leaf.ids.lock().map_err(|_| RepositoryError::WorkerDied)?.clone();
+        let mut ids = leaf.ids.lock().map_err(|_| RepositoryError::WorkerDied)?.clone();
+        if let Some(known) = &leaf.known {
+            self.fit(number, known, &mut ids)?;
+        }
         let page = self.store_page(&ids)?;
         self.leaves.push(page);
         Ok(())
@@ -375,9 +403,14 @@ impl VolumeWriter {
     }
 
     fn store_page(&self, ids: &[ChunkId]) -> Result<ChunkId, RepositoryError> {
+        self.store_aside(page_bytes(ids))
+    }
+
+    /// Stores what the caller did not send.
+    fn store_aside(&self, content: Vec<u8>) -> Result<ChunkId, RepositoryError> {
         let counters = Counters::default();
-        let id = self.runtime.block_on(self.pipeline.store(page_bytes(ids), None, &counters))?;
-        // Pages are not content of the disk, but they are sent.
+        let id = self.runtime.block_on(self.pipeline.store(content, None, &counters))?;
+        // It is not content of the disk that was read, but it is sent.
         self.counters.stored_bytes.fetch_add(counters.stored_bytes.into_inner(), Ordering::Relaxed);
         Ok(id)
     }

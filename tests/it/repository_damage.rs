@@ -1,5 +1,6 @@
 //! A storage that is not to be trusted: whatever it does to an object is found, by the library and by the independent
 //! reader, and nobody panics.
+#![allow(clippy::unwrap_used, reason = "in helpers of tests, too, a panic is how a test fails")]
 
 use crate::repository_scene::{CHUNK, Content, RepositoryScene};
 use std::{

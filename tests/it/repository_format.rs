@@ -1,5 +1,6 @@
 //! The format of a repository, held against a reader that shares no code with the library: every shape of volume is
 //! restored by both, byte for byte.
+#![allow(clippy::unwrap_used, reason = "in helpers of tests, too, a panic is how a test fails")]
 
 use crate::repository_scene::{CHUNK, Content, RepositoryScene};
 use std::{collections::HashSet, fs, path::Path};

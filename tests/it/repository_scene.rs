@@ -1,4 +1,5 @@
 //! A repository in a directory, made through the library: what the tests of the format share.
+#![allow(clippy::unwrap_used, reason = "in helpers of tests, too, a panic is how a test fails")]
 
 use crate::bed::flavour::tool;
 use std::{
