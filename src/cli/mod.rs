@@ -11,6 +11,7 @@ mod progress;
 mod recover;
 mod repository_args;
 mod restore;
+mod serve_nbd;
 mod size;
 mod target;
 mod verify;
@@ -45,6 +46,8 @@ enum Command {
     Verify(verify::VerifyArgs),
     /// Restore a VM's disks, or one of them, as of a backup
     Restore(restore::RestoreArgs),
+    /// Serve a volume of a backup over NBD: look into it, copy from it or boot from it at once, without a restore
+    ServeNbd(serve_nbd::ServeArgs),
     /// Show a VM's disks, bitmaps, the engine that a backup would use and why, and what earlier runs left
     Inspect(inspect::InspectArgs),
     /// Remove what a backup that was killed left in a VM, and release the guest
@@ -94,6 +97,7 @@ async fn run(command: Command) -> Result<ExitCode, CliError> {
         Command::List(args) => list::run(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Restore(args) => restore::run(args).await,
+        Command::ServeNbd(args) => serve_nbd::run(args).await,
         Command::Inspect(args) => inspect::run(args).await,
         Command::Recover(args) => recover::run(args).await,
         Command::Guardian { .. } => Ok(ExitCode::SUCCESS),
@@ -107,6 +111,7 @@ impl Command {
             Self::List(args) => args.output,
             Self::Verify(args) => args.output,
             Self::Restore(args) => args.output,
+            Self::ServeNbd(args) => args.output,
             Self::Inspect(args) => args.output,
             Self::Recover(args) => args.output,
             Self::Guardian { .. } => Output::Text,

@@ -4,6 +4,7 @@
 //! its chunks, so that each restores on its own and deleting one never touches another. Dirty bitmaps only decide what
 //! has to be read. `docs/format.md` is the specification.
 
+mod cache;
 mod chunk;
 mod error;
 mod index;
@@ -12,6 +13,7 @@ mod location;
 mod manifest;
 mod plan;
 mod process;
+mod random;
 mod reader;
 #[allow(clippy::module_inception, reason = "the module is named for what it holds")]
 mod repository;
@@ -27,6 +29,7 @@ pub use key::{KeySlot, Passphrase};
 pub use location::Location;
 pub use manifest::{Catalogue, MANIFEST_VERSION, Manifest, StoredVolume};
 pub use process::Process;
+pub use random::{RandomReader, Unreadable};
 pub use reader::VolumeReader;
 pub use repository::{REPOSITORY_VERSION, Repository};
 pub use session::RepositorySession;
