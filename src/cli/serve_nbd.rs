@@ -21,7 +21,7 @@ const REMEMBERED: usize = 4096;
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct ServeArgs {
-    /// Repository: a directory, s3://BUCKET/PREFIX, gs://…, az://…
+    /// Repository: a directory, or <s3://BUCKET/PREFIX>, gs://…, az://…
     #[arg(long, value_name = "URL")]
     repository: String,
     #[command(flatten)]
@@ -194,13 +194,13 @@ fn find_volume<'a>(manifest: &'a Manifest, name: Option<&str>) -> Result<&'a Sto
 
 /// The address as NBD clients take it.
 fn uri(export: &str, socket: &std::path::Path) -> String {
-    use std::os::unix::ffi::OsStrExt;
+    use std::{fmt::Write, os::unix::ffi::OsStrExt};
     let encode = |bytes: &[u8], keep: &[u8]| {
         bytes.iter().fold(String::new(), |mut text, byte| {
             if byte.is_ascii_alphanumeric() || b"-._~".contains(byte) || keep.contains(byte) {
                 text.push(char::from(*byte));
             } else {
-                text.push_str(&format!("%{byte:02X}"));
+                let _ = write!(text, "%{byte:02X}");
             }
             text
         })

@@ -12,4 +12,5 @@ mod libvirt;
 mod libvirt_daemon;
 mod s3_bed;
 mod scene;
+mod serve_nbd;
 mod smoke;

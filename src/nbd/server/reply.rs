@@ -1,7 +1,7 @@
 //! Answers to requests, as they go over the wire.
 
 use super::super::wire::*;
-use crate::extent::{Piece, Run};
+use crate::extent::{ByteRange, Piece, Run};
 use bytes::{Bytes, BytesMut};
 
 /// The id of `base:allocation`, as the handshake gave it.
@@ -45,7 +45,7 @@ impl Answer {
         }
         let mut pieces = joined(pieces);
         if whole && pieces.len() > 1 {
-            let offset = pieces.first().and_then(Piece::range).map_or(0, |range| range.start());
+            let offset = pieces.first().and_then(Piece::range).map_or(0, ByteRange::start);
             let mut bytes = BytesMut::new();
             pieces.into_iter().for_each(|piece| match piece {
                 Piece::Data { bytes: data, .. } => bytes.extend_from_slice(&data),
@@ -113,7 +113,7 @@ fn joined(pieces: Vec<Piece>) -> Vec<Piece> {
     let mut joined: Vec<Piece> = Vec::with_capacity(pieces.len());
     for piece in pieces {
         if let (Some(Piece::Zero(before)), Piece::Zero(range)) = (joined.last_mut(), &piece)
-            && let Some(both) = crate::extent::ByteRange::new(before.start(), range.end())
+            && let Some(both) = ByteRange::new(before.start(), range.end())
         {
             *before = both;
         } else {
@@ -126,7 +126,6 @@ fn joined(pieces: Vec<Piece>) -> Vec<Piece> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::extent::ByteRange;
 
     fn pieces() -> Vec<Piece> {
         vec![
