@@ -13,10 +13,13 @@ use std::{
     path::PathBuf,
     process::ExitCode,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 /// Failures that are remembered so as to be logged once.
 const REMEMBERED: usize = 4096;
+/// How long the repository may take to hear that it ended; otherwise a prune finds out.
+const END_LIMIT: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
@@ -91,37 +94,38 @@ struct Ready {
 pub(super) async fn run(args: ServeArgs) -> Result<ExitCode, CliError> {
     // From here on a signal ends it in order.
     let mut signal = std::pin::pin!(super::backup_run::signal());
-    let prepared = tokio::select! {
-        prepared = prepare(&args) => prepared?,
-        error = &mut signal => return Err(ended_early(&error)),
+    let repository = tokio::select! {
+        repository = args.access.open(&args.repository) => repository?,
+        _ = &mut signal => return Err(RepositoryError::Interrupted.into()),
     };
-    let (session, export, ready) = prepared;
-    let served = async {
-        let socket = PrivateSocket::bind(&args.socket)?;
-        args.output.result(&ready, || ready.uri.clone());
-        let until = if args.once { Until::ClientsLeft } else { Until::Told };
-        serve(&socket, Arc::new(export), until, async { drop(signal.await) }).await;
-        Ok(())
+    let session = protect(&repository).await?;
+    let opened = tokio::select! {
+        opened = open(&args, repository) => opened,
+        _ = &mut signal => Err(RepositoryError::Interrupted.into()),
     };
-    let served = served.await;
+    let served = match opened {
+        Ok((export, ready)) => match PrivateSocket::bind(&args.socket) {
+            Ok(socket) => {
+                args.output.result(&ready, || ready.uri.clone());
+                let until = if args.once { Until::ClientsLeft } else { Until::Told };
+                serve(&socket, Arc::new(export), until, async { drop(signal.await) }).await;
+                Ok(ExitCode::SUCCESS)
+            }
+            Err(error) => Err(error.into()),
+        },
+        Err(error) => Err(error),
+    };
     if let Some(session) = session {
-        session.end().await;
+        let _ = tokio::time::timeout(END_LIMIT, session.end()).await;
     }
-    served.map(|()| ExitCode::SUCCESS)
+    served
 }
 
-/// A signal before anything was served.
-fn ended_early(signal: &CliError) -> CliError {
-    tracing::info!(%signal, "nothing was served yet");
-    RepositoryError::Interrupted.into()
-}
-
-async fn prepare(args: &ServeArgs) -> Result<(Option<RepositorySession>, Export<ServedVolume>, Ready), CliError> {
-    let repository = args.access.open(&args.repository).await?;
-    // Before the backup is looked for: a prune that begins later waits for this session, and one that began earlier
-    // counts the chunks of every backup that is still there.
-    let session = match RepositorySession::start(Arc::clone(&repository)).await {
-        Ok(session) => Some(session),
+/// Keeps prunes from what is served. To be called before the backup is looked for: a prune that begins later waits for
+/// this session, and one that began earlier counts the chunks of every backup that is still there.
+async fn protect(repository: &Arc<Repository>) -> Result<Option<RepositorySession>, CliError> {
+    match RepositorySession::start(Arc::clone(repository)).await {
+        Ok(session) => Ok(Some(session)),
         // Whoever may only read shall be able to restore.
         Err(error @ RepositoryError::Storage { .. }) => {
             tracing::warn!(
@@ -129,18 +133,9 @@ async fn prepare(args: &ServeArgs) -> Result<(Option<RepositorySession>, Export<
                 "the repository cannot be written: a prune does not know what is served, and may remove it once the \
                  backup is forgotten"
             );
-            None
+            Ok(None)
         }
-        Err(error) => return Err(error.into()),
-    };
-    match open(args, repository).await {
-        Ok((export, ready)) => Ok((session, export, ready)),
-        Err(error) => {
-            if let Some(session) = session {
-                session.end().await;
-            }
-            Err(error)
-        }
+        Err(error) => Err(error.into()),
     }
 }
 

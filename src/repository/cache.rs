@@ -13,11 +13,11 @@ use tokio::sync::{OnceCell, Semaphore};
 const IN_FLIGHT_BYTES: u64 = 48 << 20;
 const MAX_IN_FLIGHT: u64 = 32;
 
-/// The cache of one repository.
+/// The chunks of one repository, through a cache.
 #[derive(Debug)]
 pub(super) struct ChunkCache {
     repository: Arc<Repository>,
-    kept: Mutex<Kept>,
+    cache: Cache,
     /// Reads that may run at the same time.
     reads: Semaphore,
     /// Of these, what reading ahead may take: somebody waits for the others.
@@ -25,6 +25,9 @@ pub(super) struct ChunkCache {
 }
 
 #[derive(Debug)]
+struct Cache(Mutex<Kept>);
+
+#[derive(Debug, Default)]
 struct Kept {
     capacity: u64,
     bytes: u64,
@@ -66,7 +69,7 @@ impl Kept {
 
 /// A place among those who wait for a chunk; given up in any case, also when the request is.
 struct Waiting<'a> {
-    cache: &'a ChunkCache,
+    cache: &'a Cache,
     id: ChunkId,
     cell: Arc<OnceCell<Bytes>>,
 }
@@ -83,50 +86,68 @@ impl Drop for Waiting<'_> {
     }
 }
 
-impl ChunkCache {
-    /// Keeps chunks of at most `capacity` bytes; less than some chunks would help nobody.
-    pub(super) fn new(repository: Arc<Repository>, capacity: u64) -> Self {
-        let chunk_size = repository.chunk_size();
-        let reads = (IN_FLIGHT_BYTES / chunk_size).clamp(4, MAX_IN_FLIGHT) as usize;
-        let kept = Kept {
-            capacity: capacity.max(4 * chunk_size),
-            bytes: 0,
-            chunks: HashMap::new(),
-            order: BTreeMap::new(),
-            uses: 0,
-            coming: HashMap::new(),
-        };
-        Self { repository, kept: Mutex::new(kept), reads: Semaphore::new(reads), ahead: Semaphore::new(reads / 2) }
-    }
-
-    /// Bytes that are kept.
-    pub(super) fn capacity(&self) -> u64 {
-        self.kept().capacity
+impl Cache {
+    fn new(capacity: u64) -> Self {
+        Self(Mutex::new(Kept { capacity, ..Kept::default() }))
     }
 
     /// No panic happens while it is held.
     fn kept(&self) -> MutexGuard<'_, Kept> {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A chunk of exactly `length` bytes.
-    pub(super) async fn read(&self, id: ChunkId, length: u64) -> Result<Bytes, RepositoryError> {
+    /// A chunk: kept, on its way, or by `read`.
+    async fn get_or_read(
+        &self,
+        id: ChunkId,
+        read: impl Future<Output = Result<Bytes, RepositoryError>>,
+    ) -> Result<Bytes, RepositoryError> {
         let waiting = {
             let mut kept = self.kept();
             if let Some(bytes) = kept.get(id) {
-                return checked(id, bytes, length);
+                return Ok(bytes);
             }
             let (cell, waiting) = kept.coming.entry(id).or_default();
             *waiting += 1;
             Waiting { cache: self, id, cell: Arc::clone(cell) }
         };
         let read = async {
-            let _read = self.reads.acquire().await.map_err(|_| RepositoryError::WorkerDied)?;
-            let bytes = Bytes::from(self.repository.read_chunk(id, length).await?);
+            let bytes = read.await?;
             self.kept().insert(id, bytes.clone());
             Ok(bytes)
         };
-        checked(id, waiting.cell.get_or_try_init(|| read).await?.clone(), length)
+        // When the one who reads fails or gives up, the next one reads.
+        waiting.cell.get_or_try_init(|| read).await.cloned()
+    }
+}
+
+impl ChunkCache {
+    /// Keeps chunks of at most `capacity` bytes; less than some chunks would help nobody.
+    pub(super) fn new(repository: Arc<Repository>, capacity: u64) -> Self {
+        let chunk_size = repository.chunk_size();
+        let reads = (IN_FLIGHT_BYTES / chunk_size).clamp(4, MAX_IN_FLIGHT) as usize;
+        let cache = Cache::new(capacity.max(4 * chunk_size));
+        Self { repository, cache, reads: Semaphore::new(reads), ahead: Semaphore::new(reads / 2) }
+    }
+
+    /// Bytes that are kept.
+    pub(super) fn capacity(&self) -> u64 {
+        self.cache.kept().capacity
+    }
+
+    /// A chunk of exactly `length` bytes.
+    pub(super) async fn read(&self, id: ChunkId, length: u64) -> Result<Bytes, RepositoryError> {
+        let read = async {
+            let _read = self.reads.acquire().await.map_err(|_| RepositoryError::WorkerDied)?;
+            self.repository.read_chunk(id, length).await.map(Bytes::from)
+        };
+        let bytes = self.cache.get_or_read(id, read).await?;
+        if bytes.len() as u64 == length {
+            return Ok(bytes);
+        }
+        // One content has one length: an index that says otherwise is wrong.
+        let detail = format!("it holds {} bytes, not {length}", bytes.len());
+        Err(RepositoryError::damaged(super::repository::chunk_name(id), detail))
     }
 
     /// Reads a chunk that may be wanted soon, unless there is more urgent work. A failure is for the one who wants it.
@@ -137,26 +158,59 @@ impl ChunkCache {
     }
 }
 
-/// One content has one length: an index that says otherwise is wrong.
-fn checked(id: ChunkId, bytes: Bytes, length: u64) -> Result<Bytes, RepositoryError> {
-    if bytes.len() as u64 == length {
-        return Ok(bytes);
-    }
-    let detail = format!("it holds {} bytes, not {length}", bytes.len());
-    Err(RepositoryError::damaged(super::repository::chunk_name(id), detail))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     fn id(number: u8) -> ChunkId {
         ChunkId::from_bytes([number; 32])
     }
 
     fn kept(capacity: u64) -> Kept {
-        let (chunks, coming) = (HashMap::new(), HashMap::new());
-        Kept { capacity, bytes: 0, chunks, order: BTreeMap::new(), uses: 0, coming }
+        Kept { capacity, ..Kept::default() }
+    }
+
+    #[tokio::test]
+    async fn many_who_want_one_chunk_read_it_once() {
+        let cache = Cache::new(100);
+        let reads = AtomicUsize::new(0);
+        let wanted = (0..20).map(|_| {
+            cache.get_or_read(id(1), async {
+                tokio::task::yield_now().await;
+                reads.fetch_add(1, Ordering::Relaxed);
+                Ok(Bytes::from_static(b"content"))
+            })
+        });
+        for bytes in futures::future::join_all(wanted).await {
+            assert_eq!(bytes.unwrap(), b"content".as_slice());
+        }
+        assert_eq!(reads.load(Ordering::Relaxed), 1);
+        assert!(cache.kept().coming.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_failure_or_a_reader_that_gives_up_is_not_kept() {
+        let cache = Cache::new(100);
+        let failing = || async {
+            tokio::task::yield_now().await;
+            Err(RepositoryError::WorkerDied)
+        };
+        let (first, second) = tokio::join!(
+            cache.get_or_read(id(1), failing()),
+            cache.get_or_read(id(1), async { Ok(Bytes::from_static(b"at last")) })
+        );
+        assert!(first.is_err());
+        assert_eq!(second.unwrap(), b"at last".as_slice());
+
+        let mut given_up = Box::pin(cache.get_or_read(id(2), std::future::pending()));
+        assert!(futures::poll!(&mut given_up).is_pending());
+        let waiting = cache.get_or_read(id(2), async { Ok(Bytes::from_static(b"instead")) });
+        let mut waiting = Box::pin(waiting);
+        assert!(futures::poll!(&mut waiting).is_pending());
+        drop(given_up);
+        assert_eq!(waiting.await.unwrap(), b"instead".as_slice());
+        assert!(cache.kept().coming.is_empty());
     }
 
     #[test]

@@ -17,7 +17,7 @@ use std::{
     os::unix::{fs::PermissionsExt, net::UnixListener},
     path::Path,
     process::{Command, Output},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// Not a multiple of the chunk: three leaves of the index, the middle one all zeroes.
@@ -143,7 +143,7 @@ fn states_of_blocks() {
     assert!(runs.windows(2).all(|pair| pair[0].2 != pair[1].2), "runs are as long as they can be: {runs:?}");
     let one = client.states(100, 64 << 20, true);
     assert_eq!(one.len(), 1);
-    assert_eq!(u64::from(one[0].0), runs[0].1 as u64 - 100);
+    assert_eq!(u64::from(one[0].0), u64::from(runs[0].1) - 100);
     // Within a hole, across the border of a leaf.
     assert_eq!(client.states(66 << 20, 62 << 20, false), vec![(62 << 20, true)]);
     server.stop();
@@ -199,6 +199,8 @@ fn clients_that_break_the_protocol_harm_nobody() {
         println!("survived: {name}");
     }
     assert!(witness.read(5, 700, false).is_ok());
+    let memory = server.peak_memory();
+    assert!(memory < 400 << 20, "{} MiB", memory >> 20);
     assert_eq!(Client::connect(&server.socket, false).size, SIZE);
     witness.leave();
     let log = server.stop();
@@ -309,7 +311,7 @@ fn what_is_not_there_is_said() {
     let fails = |arguments: &[&str]| {
         let serve = Cli::new(["serve-nbd", "-o", "json", "--repository"]).arg(stored.repository());
         let serve = serve.arg("--socket").arg(stored.directory.path().join("s"));
-        let serve = arguments.iter().fold(serve, |serve, argument| serve.arg(argument));
+        let serve = arguments.iter().fold(serve, Cli::arg);
         let outcome = serve.env("VIRT_FLEECE_PASSPHRASE", served::PASSPHRASE).run().failure();
         (crate::scene::reason(&outcome), outcome.stderr)
     };
@@ -351,7 +353,72 @@ fn a_guest_boots_on_an_overlay_over_the_served_volume() {
     std::fs::write(&raw, &expected).expect("a file");
     qemu_img(&["compare", "-f", "raw", "-F", "qcow2", raw.to_str().expect("text"), path]);
     let mut client = Client::connect(&server.socket, true);
-    let served = client.read(1 << 20, 1 << 20, false).expect("readable");
-    assert!(served == stored.content[1 << 20..2 << 20], "the served volume is as it was");
+    let found = client.read(1 << 20, 1 << 20, false).expect("readable");
+    assert!(found == stored.content[1 << 20..2 << 20], "the served volume is as it was");
     server.stop();
+}
+
+#[test]
+fn a_repository_that_cannot_be_written_is_served_too() {
+    let stored = Stored::new(1 << 20);
+    // Root may write whatever the mode says; a file where the directory ought to be stops it as well.
+    let sessions = stored.repository().join("sessions");
+    std::fs::remove_dir_all(&sessions).expect("removing the directory");
+    std::fs::write(&sessions, "").expect("a file");
+    let server = Server::start(&stored, &[]);
+    let mut client = Client::connect(&server.socket, true);
+    assert!(client.read(0, 1 << 20, false).as_deref() == Ok(&stored.content));
+    let log = server.stop();
+    assert!(log.contains("cannot be written"), "{log}");
+}
+
+/// `nbdcopy` to nowhere, in MiB a second.
+fn speed(source: &str, arguments: &[&str], size: u64) -> f64 {
+    let begun = Instant::now();
+    run(Command::new("nbdcopy").args(arguments).args([source, "null:"]));
+    (size >> 20) as f64 / begun.elapsed().as_secs_f64()
+}
+
+#[test]
+#[ignore = "measures; needs nbdcopy"]
+fn speed_beside_a_restored_file() {
+    let size = 768 << 20;
+    let stored = Stored::with_chunks(size, 1 << 20, |_, _| true);
+    let raw = stored.directory.path().join("restored.raw");
+    std::fs::write(&raw, &stored.content).expect("a file");
+    for one in [["--connections=1", "--requests=1"].as_slice(), &["--connections=1"], &[]] {
+        // Each with a cache that is empty.
+        let server = Server::start(&stored, &[]);
+        let ours = speed(&server.uri, one, size);
+        let memory = server.peak_memory() >> 20;
+        server.stop();
+        let nbd = run_qemu_nbd(&raw, |uri| speed(uri, one, size));
+        println!("{one:?}: {ours:.0} MiB/s served ({memory} MiB of memory), {nbd:.0} MiB/s by qemu-nbd of the file");
+    }
+    let begun = Instant::now();
+    let length = std::fs::read(&raw).expect("a file").len() >> 20;
+    println!("the file itself: {:.0} MiB/s", length as f64 / begun.elapsed().as_secs_f64());
+    let server = Server::start(&stored, &[]);
+    let mut client = Client::connect(&server.socket, true);
+    let (begun, count) = (Instant::now(), 400_u64);
+    for number in 0..count {
+        client.read((number * 7919 % (size >> 12)) << 12, 4096, false).expect("readable");
+    }
+    println!("random reads of 4 KiB, cold: {:.0} a second", count as f64 / begun.elapsed().as_secs_f64());
+    server.stop();
+}
+
+/// The same bytes from a file, by the server that everybody knows.
+fn run_qemu_nbd(raw: &Path, measure: impl FnOnce(&str) -> f64) -> f64 {
+    let socket = raw.with_extension("sock");
+    let mut command = Command::new(tool("QEMU_NBD"));
+    command.args(["--read-only", "--persistent", "--shared=8", "--format=raw", "--socket"]).arg(&socket).arg(raw);
+    let mut child = command.spawn().expect("starting qemu-nbd");
+    while !socket.exists() {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let speed = measure(&format!("nbd+unix:///?socket={}", socket.display()));
+    child.kill().expect("it runs");
+    child.wait().expect("it ends");
+    speed
 }
