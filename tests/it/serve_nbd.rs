@@ -413,12 +413,19 @@ fn run_qemu_nbd(raw: &Path, measure: impl FnOnce(&str) -> f64) -> f64 {
     let socket = raw.with_extension("sock");
     let mut command = Command::new(tool("QEMU_NBD"));
     command.args(["--read-only", "--persistent", "--shared=8", "--format=raw", "--socket"]).arg(&socket).arg(raw);
-    let mut child = command.spawn().expect("starting qemu-nbd");
-    while !socket.exists() {
+    let _child = Killed(command.stdout(std::process::Stdio::null()).spawn().expect("starting qemu-nbd"));
+    while std::os::unix::net::UnixStream::connect(&socket).is_err() {
         std::thread::sleep(Duration::from_millis(10));
     }
-    let speed = measure(&format!("nbd+unix:///?socket={}", socket.display()));
-    child.kill().expect("it runs");
-    child.wait().expect("it ends");
-    speed
+    measure(&format!("nbd+unix:///?socket={}", socket.display()))
+}
+
+/// A child that does not outlive the test.
+struct Killed(std::process::Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        self.0.kill().ok();
+        self.0.wait().ok();
+    }
 }
