@@ -1,6 +1,11 @@
 //! `virt-fleece serve-nbd`
 
-use super::{CliError, output::Output, repository_args::AccessArgs, size::parse_size};
+use super::{
+    CliError,
+    output::Output,
+    repository_args::{AccessArgs, REPOSITORY_HELP},
+    size::parse_size,
+};
 use crate::{
     extent::{ByteRange, Piece, Run},
     nbd::{Export, PrivateSocket, Source, Unserved, Until, serve},
@@ -24,8 +29,7 @@ const END_LIMIT: Duration = Duration::from_secs(10);
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct ServeArgs {
-    /// Repository: a directory, or <s3://BUCKET/PREFIX>, gs://…, az://…
-    #[arg(long, value_name = "URL")]
+    #[arg(long, value_name = "URL", help = "The repository", long_help = REPOSITORY_HELP)]
     repository: String,
     #[command(flatten)]
     access: AccessArgs,
@@ -53,13 +57,14 @@ pub(super) struct ServeArgs {
 }
 
 const EXAMPLES: &str = "\
-The volume is served read-only until SIGINT or SIGTERM, to any number of clients. When it is ready, its NBD address is
-printed on standard output. Chunks are fetched, decrypted and checked as clients read them: one that is damaged answers
-with an I/O error (EIO) at its bytes and is named on standard error; everything else can still be read. While it runs,
+The volume is served read-only until SIGINT or SIGTERM, to any number of clients. When it is ready, its NBD address is \
+printed on standard output. Chunks are fetched, decrypted and checked as clients read them: one that is damaged answers \
+with an I/O error (EIO) at its bytes and is named on standard error; everything else can still be read. While it runs, \
 no prune removes what it serves.
 
 Examples:
-  virt-fleece serve-nbd --repository s3://backups/prod --vm web --volume rootdisk --socket /run/web.sock &
+  virt-fleece serve-nbd --repository s3://backups/prod --vm web --volume rootdisk \\
+      --socket /run/web.sock &
   URI='nbd+unix:///rootdisk?socket=/run/web.sock'
 
 Copy it, or see where it has data:
@@ -73,7 +78,8 @@ Boot it now, with what the guest writes in an overlay:
 
 Take single files out of it:
   guestfish --ro --format=raw -a 'nbd://?socket=/run/web.sock' -i copy-out /etc/fstab .
-  modprobe nbd && qemu-nbd --read-only --format=raw --connect=/dev/nbd0 \"$URI\" && mount -o ro /dev/nbd0p1 /mnt
+  modprobe nbd; qemu-nbd --read-only --format=raw --connect=/dev/nbd0 \"$URI\"
+  mount -o ro /dev/nbd0p1 /mnt
 
 One copy, and the server ends by itself:
   virt-fleece serve-nbd … --once & nbdcopy \"$URI\" restored.raw";

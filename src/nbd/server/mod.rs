@@ -194,3 +194,95 @@ impl Reason for ServeError {
         Retry::Terminal
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+    use proptest::prelude::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    /// 1 MiB of ones.
+    struct Ones;
+
+    impl Source for Ones {
+        fn size(&self) -> u64 {
+            1 << 20
+        }
+
+        fn preferred_block(&self) -> u32 {
+            4096
+        }
+
+        async fn read(&self, range: ByteRange) -> Result<Vec<Piece>, Unserved> {
+            assert!(range.end() <= self.size());
+            Ok(vec![Piece::Data { offset: range.start(), bytes: Bytes::from(vec![1; range.len() as usize]) }])
+        }
+
+        async fn zeroes(&self, range: ByteRange, most: usize) -> Result<Vec<Run>, Unserved> {
+            assert!(range.end() <= self.size() && most > 0);
+            Ok(vec![Run { length: range.len(), set: false }])
+        }
+    }
+
+    /// An option or a request whose numbers are near to what is valid.
+    fn nearly_valid(transmission: bool) -> impl Strategy<Value = Vec<u8>> {
+        let length = prop_oneof![4 => 0_u32..40, 1 => Just(u32::MAX), 1 => Just(16 << 10)];
+        (0_u16..12, 0_u16..9, any::<u64>(), length, proptest::collection::vec(prop_oneof![Just(0), any::<u8>()], 0..40))
+            .prop_map(move |(number, flags, offset, length, rest)| {
+                let mut bytes = Vec::new();
+                if transmission {
+                    bytes.extend(0x2560_9513_u32.to_be_bytes());
+                    bytes.extend(flags.to_be_bytes());
+                    bytes.extend(number.to_be_bytes());
+                    bytes.extend(offset.to_be_bytes());
+                    bytes.extend((offset % (3 << 19)).to_be_bytes());
+                    bytes.extend(length.to_be_bytes());
+                } else {
+                    bytes.extend(b"IHAVEOPT");
+                    bytes.extend(u32::from(number).to_be_bytes());
+                    // Mostly as long as it says.
+                    let length = if flags == 0 { length } else { rest.len() as u32 };
+                    bytes.extend(length.to_be_bytes());
+                    bytes.extend(rest);
+                }
+                bytes
+            })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+        #[test]
+        fn whatever_a_client_sends_it_is_served_or_sent_away(
+            options in proptest::collection::vec(nearly_valid(false), 0..8),
+            go in any::<bool>(),
+            requests in proptest::collection::vec(nearly_valid(true), 0..20),
+            garbage in proptest::collection::vec(any::<u8>(), 0..40),
+        ) {
+            let mut script = vec![0, 0, 0, 3];
+            options.iter().for_each(|option| script.extend(option));
+            if go {
+                script.extend(b"IHAVEOPT\0\0\0\x07\0\0\0\x06\0\0\0\0\0\0");
+            }
+            requests.iter().for_each(|request| script.extend(request));
+            script.extend(garbage);
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let (near, far) = UnixStream::pair().unwrap();
+                let export = Export { name: "ones".into(), description: "a test".into(), source: Ones };
+                let served = tokio::spawn(client(far, Arc::new(export)));
+                let (mut reader, mut writer) = near.into_split();
+                let received = tokio::spawn(async move {
+                    let mut answers = Vec::new();
+                    let _ = reader.read_to_end(&mut answers).await;
+                });
+                // It may have been sent away already.
+                let _ = writer.write_all(&script).await;
+                drop(writer);
+                let ended = tokio::time::timeout(Duration::from_secs(10), served).await;
+                assert!(ended.is_ok_and(|joined| joined.is_ok()), "it hangs, or panicked");
+                received.await.unwrap();
+            });
+        }
+    }
+}
