@@ -1,5 +1,5 @@
 # `make help` says what there is.
-.PHONY: help demo test soak bench check
+.PHONY: help demo test soak fuzz bench check
 
 help: ## This list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -14,6 +14,9 @@ test: ## Sets up the test bed and runs all tests (root, for packages)
 soak: ## Hundreds of backups with random failures (VIRT_FLEECE_SOAK_CYCLES, default 100)
 	tests/bed/setup
 	cargo test --locked --test it soak -- --ignored --nocapture --test-threads=1
+
+fuzz: ## Feeds hostile input to every decoder, a minute each (FUZZ_SECONDS; needs nightly and cargo-fuzz)
+	fuzz/run $(FUZZ_SECONDS)
 
 bench: ## Measures on a real guest
 	bench/run

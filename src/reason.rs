@@ -20,3 +20,17 @@ pub trait Reason: std::error::Error {
     /// Whether trying again makes sense.
     fn retry(&self) -> Retry;
 }
+
+/// The beginning of an untrusted text, for errors: they end up on terminals and in logs, where control characters do
+/// not belong, and a long one fills the screen.
+pub(crate) fn printable(text: &str, longest: usize) -> String {
+    text.chars().take(longest).map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn what_is_printed_moves_no_cursor() {
+        assert_eq!(super::printable("\u{1b}[2J\u{9b}é\r\nend and more", 9), " [2J é  e");
+    }
+}

@@ -1,4 +1,5 @@
-//! Planning, without I/O: which volume can be incremental, and what becomes of dirty bitmaps after a run.
+//! Planning, without I/O: which volume can be incremental, what becomes of dirty bitmaps after a run, and which backups a
+//! retention rule keeps.
 //!
 //! Two bitmap generations exist per disk: the *new* one, started at the point in time, records what the next backup
 //! has to read; the *previous* one says what this backup has to read. A successful backup removes the previous one, a
@@ -7,6 +8,8 @@
 
 mod bitmap;
 mod plan;
+mod retention;
 
 pub use bitmap::{BitmapAction, BitmapName, GRANULARITY, ObservedBitmap, settle};
 pub use plan::{BackupType, FullReason, ParentVolume, VolumePlan, plan_volume};
+pub use retention::{DatedBackup, Decision, Keep, RetentionRule, RuleError};

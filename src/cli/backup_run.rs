@@ -128,10 +128,15 @@ async fn plan(
         let parent = parent.as_ref().filter(|parent| parent.volume(volume).is_some())?;
         Some(parent.id.to_string())
     };
+    let before = Disks::discover(qmp).await?;
     settle_bitmaps(qmp, &line, head).await?;
     let disks = Disks::discover(qmp).await?.select(&args.volumes, &args.exclude_volumes)?;
     let mut planned = Vec::new();
     for volume in disks.volumes {
+        // Inconsistent bitmaps were removed just now; for the reason on record they count as there.
+        let was = before.volumes.iter().find(|was| was.format_node == volume.format_node);
+        let inconsistent = was.into_iter().flat_map(|was| &was.bitmaps).filter(|bitmap| bitmap.inconsistent);
+        let observed: Vec<_> = volume.bitmaps.iter().chain(inconsistent).cloned().collect();
         let below = parent.as_ref().and_then(|parent| {
             let below = parent.volume(&volume.name)?;
             let (virtual_size, usable) = (below.virtual_size, below.usable);
@@ -139,7 +144,7 @@ async fn plan(
         });
         let requested = args.backup_type.backup_type();
         let any_backup = parent.is_some();
-        let plan = plan_volume(requested, &line, any_backup, below.as_ref(), volume.virtual_size, &volume.bitmaps);
+        let plan = plan_volume(requested, &line, any_backup, below.as_ref(), volume.virtual_size, &observed);
         if let (VolumePlan::Full { reason }, crate::chain::BackupType::Incremental) = (&plan, requested) {
             let reason = reason.to_string();
             return Err(SessionError::NotIncremental { volume: volume.name, reason }.into());
@@ -260,6 +265,7 @@ async fn copy(
         .map(|(index, ((disk, sink), progress))| {
             let request = PullRequest {
                 export: disk.slot.export(),
+                size: Some(disk.volume.virtual_size),
                 bitmap: disk.previous_bitmap(),
                 always: match &disk.plan {
                     VolumePlan::Incremental { grown, .. } => *grown,

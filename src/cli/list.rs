@@ -1,17 +1,24 @@
 //! `virt-fleece list`
 
-use super::{CliError, output::Output, size::show_size};
-use crate::image::{ChainDirectory, Manifest};
+use super::{CliError, output::Output, size::show_size, store::StoreArgs};
+use crate::{
+    backup::BackupRecord,
+    image::{self, ChainDirectory},
+    repository,
+};
 use clap::Args;
 use comfy_table::Table;
-use std::{path::PathBuf, process::ExitCode};
+use serde::Serialize;
+use std::process::ExitCode;
 
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  virt-fleece list --qcow2-dir /backup")]
+#[command(after_help = "\
+Examples:
+  virt-fleece list --qcow2-dir /backup
+  virt-fleece list --repository s3://backups/prod --vm web -o json")]
 pub(super) struct ListArgs {
-    /// Directory with backups
-    #[arg(long, value_name = "DIR")]
-    qcow2_dir: PathBuf,
+    #[command(flatten)]
+    store: StoreArgs,
     /// Only the backups of this VM
     #[arg(long, value_name = "NAME")]
     vm: Option<String>,
@@ -20,8 +27,24 @@ pub(super) struct ListArgs {
     pub(super) output: Output,
 }
 
-pub(super) fn run(args: &ListArgs) -> Result<ExitCode, CliError> {
-    let directory = ChainDirectory::open(&args.qcow2_dir)?;
+pub(super) async fn run(args: ListArgs) -> Result<ExitCode, CliError> {
+    let Some(url) = args.store.repository() else {
+        let backups = of_chains(&args)?;
+        args.output.result(&backups, || table(backups.iter().map(chain_row)));
+        return Ok(ExitCode::SUCCESS);
+    };
+    let catalogue = args.store.access.open(url).await?.catalogue(args.vm.as_deref()).await?;
+    for error in &catalogue.damaged {
+        tracing::warn!(error = error as &dyn std::error::Error, "a backup cannot be read");
+    }
+    let backups = &catalogue.manifests;
+    args.output.result(backups, || table(backups.iter().map(repository_row)));
+    // What is listed is right, but not all.
+    Ok(if catalogue.damaged.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(5) })
+}
+
+fn of_chains(args: &ListArgs) -> Result<Vec<image::Manifest>, CliError> {
+    let directory = ChainDirectory::open(args.store.qcow2_dir()?)?;
     let vms = match &args.vm {
         Some(vm) => vec![vm.clone()],
         None => directory.vms()?,
@@ -30,36 +53,59 @@ pub(super) fn run(args: &ListArgs) -> Result<ExitCode, CliError> {
     for vm in vms {
         backups.extend(directory.manifests(&vm)?);
     }
-    args.output.result(&backups, || table(&backups));
-    Ok(ExitCode::SUCCESS)
+    Ok(backups)
 }
 
-fn table(backups: &[Manifest]) -> String {
-    if backups.is_empty() {
-        return "no complete backups".into();
+/// What a line says.
+#[derive(Debug, Serialize)]
+struct Row<'a> {
+    record: &'a BackupRecord,
+    /// Volumes, and how many of them were read as a whole.
+    volumes: Vec<&'a str>,
+    full: usize,
+    stored: u64,
+}
+
+fn chain_row(manifest: &image::Manifest) -> Row<'_> {
+    Row {
+        record: &manifest.backup,
+        volumes: manifest.volumes.iter().map(|volume| volume.name.as_str()).collect(),
+        full: manifest.volumes.iter().filter(|volume| volume.parent.is_none()).count(),
+        stored: manifest.volumes.iter().map(|volume| volume.file_bytes).sum(),
     }
+}
+
+fn repository_row(manifest: &repository::Manifest) -> Row<'_> {
+    Row {
+        record: &manifest.backup,
+        volumes: manifest.volumes.iter().map(|volume| volume.name.as_str()).collect(),
+        full: manifest.volumes.iter().filter(|volume| volume.parent.is_none()).count(),
+        stored: manifest.volumes.iter().map(|volume| volume.stored_bytes).sum(),
+    }
+}
+
+fn table<'a>(rows: impl Iterator<Item = Row<'a>>) -> String {
     let mut table = Table::new();
     table.load_style(comfy_table::presets::NOTHING);
     table.set_header(["VM", "BACKUP", "TYPE", "POINT IN TIME", "QUIESCED", "STORED", "VOLUMES"]);
-    for backup in backups {
-        let full = backup.volumes.iter().filter(|volume| volume.parent.is_none()).count();
-        let kind = match full {
+    let mut empty = true;
+    for row in rows {
+        empty = false;
+        let kind = match row.full {
             0 => "incremental".to_owned(),
-            all if all == backup.volumes.len() => "full".to_owned(),
+            all if all == row.volumes.len() => "full".to_owned(),
             some => format!("incremental ({some} full)"),
         };
-        let stored = backup.volumes.iter().map(|volume| volume.file_bytes).sum();
-        let volumes: Vec<_> = backup.volumes.iter().map(|volume| volume.name.as_str()).collect();
-        let frozen = if backup.backup.quiesce["state"] == "frozen" { "yes" } else { "no" };
+        let frozen = if row.record.quiesce["state"] == "frozen" { "yes" } else { "no" };
         table.add_row([
-            backup.backup.vm.clone(),
-            backup.backup.id.to_string(),
+            row.record.vm.clone(),
+            row.record.id.to_string(),
             kind,
-            backup.backup.point_in_time.strftime("%Y-%m-%d %H:%M:%S UTC").to_string(),
+            row.record.point_in_time.strftime("%Y-%m-%d %H:%M:%S UTC").to_string(),
             frozen.to_owned(),
-            show_size(stored),
-            volumes.join(", "),
+            show_size(row.stored),
+            row.volumes.join(", "),
         ]);
     }
-    table.trim_fmt()
+    if empty { "no complete backups".into() } else { table.trim_fmt() }
 }

@@ -2,17 +2,26 @@
 
 mod backup;
 mod backup_run;
+mod check;
 mod connection;
 mod error;
+mod forget;
+mod forget_plan;
 mod inspect;
 mod list;
 mod output;
 mod progress;
+mod prune;
 mod recover;
+mod repository;
 mod repository_args;
+mod repository_info;
+mod repository_key;
 mod restore;
+mod restore_repository;
 mod serve_nbd;
 mod size;
+mod store;
 mod target;
 mod verify;
 
@@ -48,6 +57,11 @@ enum Command {
     Restore(restore::RestoreArgs),
     /// Serve a volume of a backup over NBD: look into it, copy from it or boot from it at once, without a restore
     ServeNbd(serve_nbd::ServeArgs),
+    /// Forget backups in a repository, by a rule or by their ids
+    Forget(Box<forget::ForgetArgs>),
+    /// Make a repository, show what is in it, manage its passphrases
+    #[command(subcommand)]
+    Repository(repository::RepositoryCommand),
     /// Show a VM's disks, bitmaps, the engine that a backup would use and why, and what earlier runs left
     Inspect(inspect::InspectArgs),
     /// Remove what a backup that was killed left in a VM, and release the guest
@@ -94,10 +108,12 @@ pub fn main() -> ExitCode {
 async fn run(command: Command) -> Result<ExitCode, CliError> {
     match command {
         Command::Backup(args) => backup::run(*args).await,
-        Command::List(args) => list::run(&args),
-        Command::Verify(args) => verify::run(&args),
+        Command::List(args) => list::run(args).await,
+        Command::Verify(args) => verify::run(args).await,
         Command::Restore(args) => restore::run(args).await,
         Command::ServeNbd(args) => serve_nbd::run(args).await,
+        Command::Forget(args) => forget::run(*args).await,
+        Command::Repository(command) => repository::run(command).await,
         Command::Inspect(args) => inspect::run(args).await,
         Command::Recover(args) => recover::run(args).await,
         Command::Guardian { .. } => Ok(ExitCode::SUCCESS),
@@ -112,6 +128,8 @@ impl Command {
             Self::Verify(args) => args.output,
             Self::Restore(args) => args.output,
             Self::ServeNbd(args) => args.output,
+            Self::Forget(args) => args.output,
+            Self::Repository(command) => command.output(),
             Self::Inspect(args) => args.output,
             Self::Recover(args) => args.output,
             Self::Guardian { .. } => Output::Text,

@@ -78,3 +78,42 @@ impl Progress {
         let _ = self.all.clear();
     }
 }
+
+/// Progress of work whose steps are counted, and whose size is not known before.
+#[derive(Debug)]
+pub(super) struct Steps {
+    bar: ProgressBar,
+    plain: bool,
+    what: &'static str,
+    last_line: Instant,
+}
+
+impl Steps {
+    /// `what` is done, such as `listing chunks`.
+    pub(super) fn new(what: &'static str) -> Self {
+        let plain = !std::io::stderr().is_terminal();
+        let target = if plain { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+        let style = ProgressStyle::with_template("{prefix} [{bar:30}] {pos}/{len} {msg}")
+            .unwrap_or_else(|_| ProgressStyle::default_bar())
+            .progress_chars("=> ");
+        let bar = ProgressBar::with_draw_target(None, target).with_style(style).with_prefix(what);
+        Self { bar, plain, what, last_line: Instant::now() }
+    }
+
+    /// Steps done and in all; `found` says what they found so far.
+    pub(super) fn set(&mut self, done: u64, total: u64, found: impl FnOnce() -> String) {
+        if !self.plain {
+            self.bar.set_length(total);
+            self.bar.set_position(done);
+            self.bar.set_message(found());
+        } else if self.last_line.elapsed() >= LINE_EVERY {
+            self.last_line = Instant::now();
+            eprintln!("{}: {done} of {total}, {}", self.what, found());
+        }
+    }
+
+    /// Takes the bar away.
+    pub(super) fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}

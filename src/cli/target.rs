@@ -86,7 +86,7 @@ impl TargetArgs {
             let repository = self.access.open(url).await?;
             // Before anything is looked at that the backup relies on: see `repository::session`.
             let session = RepositorySession::start(repository).await?;
-            let latest = match session.repository().latest(vm).await {
+            let latest = match session.newest(vm).await {
                 Ok(latest) => latest,
                 Err(error) => {
                     session.end().await;

@@ -1,24 +1,33 @@
 //! `virt-fleece verify`
 
-use super::{CliError, output::Output, progress::Progress};
+use super::{CliError, check, output::Output, progress::Progress, restore::blocking, store::StoreArgs};
 use crate::image::{ChainDirectory, VerifiedBackup, verify_backup};
 use clap::Args;
 use serde::Serialize;
-use std::{collections::HashSet, path::PathBuf, process::ExitCode};
+use std::{collections::HashSet, process::ExitCode};
 
 #[derive(Debug, Args)]
-#[command(after_help = "Exit code 5 says that a backup is damaged.\n\nExamples:\n  \
-    virt-fleece verify --qcow2-dir /backup\n  virt-fleece verify --qcow2-dir /backup --vm web --backup latest")]
+#[command(after_help = "\
+Exit code 5 says that a backup is damaged. Of a repository everything that names data is read, and the data is looked for;
+--read-data reads it, too.
+
+Examples:
+  virt-fleece verify --qcow2-dir /backup
+  virt-fleece verify --qcow2-dir /backup --vm web --backup latest
+  virt-fleece verify --repository s3://backups/prod --read-data 5")]
 pub(super) struct VerifyArgs {
-    /// Directory with backups
-    #[arg(long, value_name = "DIR")]
-    qcow2_dir: PathBuf,
+    #[command(flatten)]
+    store: StoreArgs,
     /// Only the backups of this VM
     #[arg(long, value_name = "NAME")]
     vm: Option<String>,
     /// Only this backup (and what it builds on), or `latest`
     #[arg(long, value_name = "ID")]
     backup: Option<String>,
+    /// Repository: read this percentage of the data, chosen at random each time
+    #[arg(long, value_name = "PERCENT", default_value_t = 0, conflicts_with = "qcow2_dir",
+        value_parser = clap::value_parser!(u8).range(0..=100))]
+    read_data: u8,
     /// Form of the result
     #[arg(short, long, value_enum, default_value_t)]
     pub(super) output: Output,
@@ -31,8 +40,16 @@ struct Verified {
     backup: VerifiedBackup,
 }
 
-pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, CliError> {
-    let directory = ChainDirectory::open(&args.qcow2_dir)?;
+pub(super) async fn run(args: VerifyArgs) -> Result<ExitCode, CliError> {
+    if let Some(url) = args.store.repository() {
+        let repository = args.store.access.open(url).await?;
+        return check::check(repository, args.vm, args.backup, args.read_data, args.output).await;
+    }
+    blocking(move || verify_chains(&args)).await
+}
+
+fn verify_chains(args: &VerifyArgs) -> Result<ExitCode, CliError> {
+    let directory = ChainDirectory::open(args.store.qcow2_dir()?)?;
     let vms = match &args.vm {
         Some(vm) => vec![vm.clone()],
         None => directory.vms()?,

@@ -5,5 +5,5 @@ mod plan;
 mod range;
 
 pub use piece::Piece;
-pub use plan::{Run, Work, align, intersection, plan, whole_units};
+pub use plan::{Run, Work, align, intersection, plan};
 pub use range::ByteRange;

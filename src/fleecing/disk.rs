@@ -3,6 +3,7 @@
 use super::SessionError;
 use crate::{
     chain::ObservedBitmap,
+    image::qcow2::MAX_DISK,
     qmp::{Qmp, command},
 };
 use serde::Serialize;
@@ -156,7 +157,8 @@ fn volume(
         return skip("its block node has no name");
     };
     let mut format_node = root_node.clone();
-    loop {
+    // At most once through all nodes: a graph in which filters form a ring would be followed for ever.
+    for _ in 0..=nodes.len() {
         let Some(node) = nodes.get(format_node.as_str()) else {
             return skip("its block node is not listed by QEMU");
         };
@@ -164,6 +166,9 @@ fn volume(
             return skip("an earlier backup's filter is still on it; run `virt-fleece recover`");
         }
         if !FILTERS.contains(&node.drv.as_str()) {
+            if node.image.virtual_size > MAX_DISK {
+                return skip("its size is more than an image can have (2 PiB)");
+            }
             return Ok(Volume {
                 name,
                 qdev,
@@ -177,9 +182,10 @@ fn volume(
         }
         match graph.filtered_child(&format_node) {
             Some(child) if child != format_node => format_node = child,
-            _ => return skip("what lies under its filter node is unknown"),
+            _ => break,
         }
     }
+    skip("what lies under its filter node is unknown")
 }
 
 fn observed(bitmap: &command::BlockDirtyInfo) -> ObservedBitmap {
@@ -274,5 +280,39 @@ mod tests {
             assert!(!is_plain_name(bad));
         }
         assert!(is_plain_name("root-disk_1.img"));
+    }
+
+    /// What becomes of a VM whose one disk stands on the node `a`.
+    fn disks(nodes: serde_json::Value, edges: &[(&str, &str)]) -> Disks {
+        let inserted = serde_json::json!({ "ro": false, "node-name": "a" });
+        let device = serde_json::json!({ "device": "", "qdev": "ua-disk", "removable": false, "inserted": inserted });
+        let devices = [serde_json::from_value(device).unwrap()];
+        let nodes: Vec<command::BlockNodeInfo> = serde_json::from_value(nodes).unwrap();
+        let edge = |(parent, child): &(&str, &str)| ((*parent).to_owned(), "file".to_owned(), (*child).to_owned());
+        let graph = BlockGraph { edges: edges.iter().map(edge).collect() };
+        Disks::from_answers(&devices, &nodes, &graph).unwrap()
+    }
+
+    fn node(name: &str, drv: &str, size: u64) -> serde_json::Value {
+        serde_json::json!({ "node-name": name, "drv": drv, "image": { "virtual-size": size } })
+    }
+
+    #[test]
+    fn filters_are_walked_through_but_not_in_a_ring() {
+        let filters =
+            || serde_json::json!([node("a", "throttle", 512), node("b", "throttle", 512), node("c", "raw", 512)]);
+        let found = disks(filters(), &[("a", "b"), ("b", "c")]);
+        assert_eq!(found.volumes[0].format_node, "c");
+        for edges in [&[("a", "b"), ("b", "a")][..], &[("a", "a")], &[("a", "b")], &[("a", "gone")]] {
+            let found = disks(filters(), edges);
+            assert_eq!((found.volumes.len(), found.skipped.len()), (0, 1), "{edges:?}");
+        }
+    }
+
+    #[test]
+    fn a_disk_larger_than_any_image_is_skipped() {
+        assert_eq!(disks(serde_json::json!([node("a", "raw", MAX_DISK)]), &[]).volumes.len(), 1);
+        let found = disks(serde_json::json!([node("a", "raw", MAX_DISK + 512)]), &[]);
+        assert!(found.skipped[0].reason.contains("2 PiB"), "{found:?}");
     }
 }

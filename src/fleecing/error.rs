@@ -114,6 +114,14 @@ pub enum SessionError {
         /// The limit in bytes.
         limit: u64,
     },
+    /// Others took the space that the fleece was to grow into, where a full fleece hits the guest.
+    #[error(
+        "only {available} bytes are left for the fleece, since others write to its file system: free some, or name another --fleece-dir"
+    )]
+    FleeceSqueezed {
+        /// Free bytes.
+        available: u64,
+    },
     /// Old data could not be kept: what would be read is no longer the point in time.
     #[error("the snapshot of volume `{volume}` is broken: {detail}")]
     SnapshotBroken {
@@ -177,7 +185,7 @@ impl Reason for SessionError {
             Self::EngineUnavailable { .. } => "EngineUnavailable",
             Self::NotIncremental { .. } => "NotIncremental",
             Self::Quiesce { .. } => "QuiesceFailed",
-            Self::FleeceFull { .. } => "FleeceFull",
+            Self::FleeceFull { .. } | Self::FleeceSqueezed { .. } => "FleeceFull",
             Self::SnapshotBroken { .. } => "SnapshotBroken",
             Self::JobLost { .. } => "JobLost",
             Self::Stuck { .. } => "QemuStuck",
@@ -188,9 +196,11 @@ impl Reason for SessionError {
     fn retry(&self) -> Retry {
         match self {
             Self::Qmp { source, .. } => source.retry(),
-            Self::Busy { .. } | Self::Quiesce { .. } | Self::FleeceFull { .. } | Self::SnapshotBroken { .. } => {
-                Retry::Backoff
-            }
+            Self::Busy { .. }
+            | Self::Quiesce { .. }
+            | Self::FleeceFull { .. }
+            | Self::FleeceSqueezed { .. }
+            | Self::SnapshotBroken { .. } => Retry::Backoff,
             _ => Retry::Terminal,
         }
     }

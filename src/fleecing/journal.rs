@@ -150,10 +150,14 @@ impl Journal {
         kill_point();
         let mut line = serde_json::to_vec(entry)?;
         line.push(b'\n');
-        let file = match &mut self.file {
-            Some(file) => file,
-            None => self.file.insert(OpenOptions::new().create(true).append(true).mode(0o600).open(&self.path)?),
-        };
+        if self.file.is_none() {
+            let file = OpenOptions::new().create(true).append(true).mode(0o600).open(&self.path)?;
+            // A first line that was torn names no session and is nobody's leftover: behind it, nothing of this one could
+            // be read.
+            file.set_len(0)?;
+            self.file = Some(file);
+        }
+        let Some(file) = &mut self.file else { return Ok(()) };
         file.write_all(&line)?;
         file.sync_data()?;
         kill_point();
@@ -215,6 +219,18 @@ mod tests {
         assert!(!leftover.is_stopped());
         journal.close().unwrap();
         assert_eq!(journal.leftover().unwrap(), None);
+    }
+
+    #[test]
+    fn a_torn_first_line_hides_nothing_of_the_next_session() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("j");
+        std::fs::write(&path, "{\"begin\":{\"back").unwrap();
+        let mut journal = Journal::at(path);
+        assert_eq!(journal.leftover().unwrap(), None);
+        journal.append(&Entry::Begin(begin())).unwrap();
+        journal.append(&Entry::Freeze).unwrap();
+        assert!(journal.leftover().unwrap().is_some_and(|leftover| leftover.is_frozen()));
     }
 
     #[test]

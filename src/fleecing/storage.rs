@@ -16,7 +16,7 @@ use std::{
 };
 
 /// Space that is left to others on the file system of the fleece, in bytes, at the least.
-const HEADROOM_MIN: u64 = 256 << 20;
+pub(super) const HEADROOM_MIN: u64 = 256 << 20;
 /// A fleece may be this much larger than the disk: qcow2's tables, and a margin.
 const METADATA_SHARE: u64 = 64;
 /// File systems on which a fleece can stall with the network (`statfs(2)` magic numbers): NFS, SMB, CIFS, Ceph, 9p, FUSE.

@@ -1,12 +1,17 @@
 //! Watching a session while its data is read: is the fleece about to be full, is the snapshot still whole.
 
-use super::{Budget, Engine, Session, SessionError};
+use super::{Budget, Engine, Session, SessionError, storage::HEADROOM_MIN};
 use crate::qmp::command::{BlockNodeInfo, JobInfo, QueryJobs, QueryNamedBlockNodes};
 use std::{collections::HashMap, time::Duration};
 use tokio::time::sleep;
 
 /// Between two looks at the fleece while data is read.
 const POLL: Duration = Duration::from_millis(200);
+/// The same where a full fleece hits the guest.
+const CLOSE_POLL: Duration = Duration::from_millis(50);
+/// Where a full fleece hits the guest, the session is given up when less is free on its file system, in bytes: others
+/// write there too. Half of what is left free at the beginning, and more than a guest writes between two looks.
+const FLOOR: u64 = HEADROOM_MIN / 2;
 /// Between the two looks of the detector. A break is sticky: progress stands still while the dirty count grows.
 const RECHECK: Duration = Duration::from_millis(100);
 
@@ -17,7 +22,7 @@ impl Session {
             if let Err(error) = self.check().await {
                 return error;
             }
-            sleep(POLL).await;
+            sleep(if self.engine.guest_safe { POLL } else { CLOSE_POLL }).await;
         }
     }
 
@@ -52,7 +57,16 @@ impl Session {
         let used: u64 = used.sum::<std::io::Result<u64>>().map_err(SessionError::local("measuring the fleece"))?;
         // Where a full fleece hits the guest, stop well before.
         let mark = if self.engine.guest_safe { limit } else { limit / 10 * 7 };
-        if used > mark { Err(SessionError::FleeceFull { limit }) } else { Ok(()) }
+        if used > mark {
+            return Err(SessionError::FleeceFull { limit });
+        }
+        if !self.engine.guest_safe {
+            let available = self.directory.available()?;
+            if available < FLOOR {
+                return Err(SessionError::FleeceSqueezed { available });
+            }
+        }
+        Ok(())
     }
 
     /// The guest's first write to a cluster marks it in the new bitmap *and* is counted by the job once the old data is

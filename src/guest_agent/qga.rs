@@ -1,7 +1,7 @@
 //! The guest agent behind a Unix socket (a virtio-serial port).
 
 use super::{GuestAgent, GuestAgentError};
-use crate::qmp::LineDecoder;
+use crate::{qmp::LineDecoder, reason::printable};
 use futures::{FutureExt, future::BoxFuture};
 use serde_json::{Value, json};
 use std::{
@@ -93,8 +93,7 @@ impl QgaSocket {
             match decoder.next_message() {
                 Ok(Some(message)) => {
                     if let Some(error) = message.get("error") {
-                        let description =
-                            error["desc"].as_str().unwrap_or("no reason given").chars().take(500).collect();
+                        let description = printable(error["desc"].as_str().unwrap_or("no reason given"), 500);
                         return Err(GuestAgentError::Refused { command: command.to_owned(), description });
                     }
                     return Ok(message["return"].clone());

@@ -89,9 +89,9 @@ pub enum ImageError {
         /// The directory.
         path: PathBuf,
     },
-    /// A sink that is no image failed.
+    /// A source or sink that is no image failed.
     #[error(transparent)]
-    Sink(super::SinkError),
+    Foreign(super::ForeignError),
     /// The user or a signal ended it.
     #[error("interrupted; nothing that looks whole was left behind")]
     Interrupted,
@@ -111,7 +111,11 @@ impl ImageError {
 
     /// Whether a backup is not to be trusted, rather than unreachable.
     pub fn is_integrity(&self) -> bool {
-        matches!(self, Self::Damaged { .. })
+        match self {
+            Self::Damaged { .. } => true,
+            Self::Foreign(error) => matches!(error.reason(), "Damaged" | "ObjectMissing"),
+            _ => false,
+        }
     }
 }
 
@@ -129,7 +133,7 @@ impl Reason for ImageError {
             Self::InsideBackups { .. } => "TargetInsideBackups",
             Self::TooSmall { .. } => "TargetTooSmall",
             Self::Busy { .. } => "Busy",
-            Self::Sink(error) => error.reason(),
+            Self::Foreign(error) => error.reason(),
             Self::Interrupted => "Interrupted",
         }
     }
@@ -137,7 +141,7 @@ impl Reason for ImageError {
     fn retry(&self) -> Retry {
         match self {
             Self::Io { .. } | Self::Busy { .. } => Retry::Backoff,
-            Self::Sink(error) => error.retry(),
+            Self::Foreign(error) => error.retry(),
             _ => Retry::Terminal,
         }
     }

@@ -13,8 +13,11 @@ pub use directory::{ChainDirectory, Inventory, PartialBackup, VmDirectory};
 pub use error::ImageError;
 pub use manifest::{FORMAT_VERSION, Manifest, ManifestVolume};
 pub use raw::RawSink;
-pub use restore::{RestoreFormat, RestoreRequest, RestoredVolume, restore_volume};
-pub use sink::{ImageSink, SinkError, SinkSummary};
+pub use restore::{
+    PieceSource, RestoreFormat, RestoreTarget, RestoredVolume, check_target, is_device, open_device, restore_source,
+    restore_volume,
+};
+pub use sink::{ForeignError, ImageSink, SinkSummary};
 pub use verify::{VerifiedBackup, verify_backup, volume_chain};
 
 use std::{fs::File, os::unix::fs::FileExt, path::Path};

@@ -5,6 +5,7 @@ use super::{
     qcow2::{ChainReader, Qcow2Options, Qcow2Writer},
     verify::volume_chain,
 };
+use crate::extent::Piece;
 use std::{
     fs::{self, OpenOptions},
     os::unix::fs::{FileTypeExt, OpenOptionsExt},
@@ -22,21 +23,36 @@ pub enum RestoreFormat {
     Qcow2,
 }
 
-/// What to restore.
-#[derive(Debug)]
-pub struct RestoreRequest<'a> {
-    /// Where the backup is.
-    pub directory: &'a ChainDirectory,
-    /// The backup.
-    pub manifest: &'a Manifest,
-    /// The volume.
-    pub volume: &'a str,
+/// The content of a disk, read in order. Its calls block.
+pub trait PieceSource: Send {
+    /// Bytes of the disk.
+    fn size(&self) -> u64;
+
+    /// The next piece, proved to be what was backed up; `None` at the end. Pieces cover the whole disk.
+    fn next_piece(&mut self) -> Result<Option<Piece>, ImageError>;
+}
+
+impl PieceSource for ChainReader {
+    fn size(&self) -> u64 {
+        Self::size(self)
+    }
+
+    fn next_piece(&mut self) -> Result<Option<Piece>, ImageError> {
+        Self::next_piece(self)
+    }
+}
+
+/// Where to restore to.
+#[derive(Debug, Clone, Copy)]
+pub struct RestoreTarget<'a> {
     /// A file that does not exist, or a block device.
-    pub target: &'a Path,
+    pub path: &'a Path,
     /// For files; devices are always raw.
     pub format: RestoreFormat,
     /// Overwrite what exists.
     pub force: bool,
+    /// Directory of the backups, where nothing may be restored to.
+    pub protected: Option<&'a Path>,
     /// Bytes restored so far.
     pub progress: &'a AtomicU64,
     /// Set from elsewhere: stop.
@@ -54,96 +70,120 @@ pub struct RestoredVolume {
     pub virtual_size: u64,
 }
 
-/// Restores one volume. The whole chain is checked, content included, before the first byte is written. A file gets
-/// its name only when it is complete and durable.
-pub fn restore_volume(request: &RestoreRequest<'_>) -> Result<RestoredVolume, ImageError> {
-    let target = request.target;
-    let existing = fs::metadata(target).ok();
-    let is_device = existing.as_ref().is_some_and(|metadata| metadata.file_type().is_block_device());
-    refuse_inside(request.directory, target)?;
-    // A device always exists; it is named on purpose.
-    if existing.is_some() && !is_device && !request.force {
-        return Err(ImageError::Exists { path: target.to_owned() });
-    }
-    let links = volume_chain(request.directory, request.manifest, request.volume)?;
+/// Restores one volume of a chain. The whole chain is checked, content included, before the first byte is written.
+pub fn restore_volume(
+    directory: &ChainDirectory,
+    manifest: &Manifest,
+    volume: &str,
+    target: &RestoreTarget<'_>,
+) -> Result<RestoredVolume, ImageError> {
+    check_target(target)?;
+    let links = volume_chain(directory, manifest, volume)?;
     for link in &links {
-        interrupted(request)?;
+        interrupted(target)?;
         link.check_digest()?;
     }
     let mut reader = ChainReader::new(links.into_iter().map(|link| link.image).collect());
-    let size = reader.size();
-    if is_device {
-        // For block devices O_EXCL says: not while it is mounted or otherwise claimed (`open(2)`).
-        let exclusive = rustix::fs::OFlags::EXCL.bits().cast_signed();
-        let device = OpenOptions::new().read(true).write(true).custom_flags(exclusive).open(target);
-        let device = device.map_err(ImageError::io("open (is it mounted?)", target))?;
-        copy(&mut reader, Box::new(RawSink::device(device, target.to_owned(), size)?), request)?;
+    restore_source(&mut reader, volume, target)
+}
+
+/// Whether a target can be restored to, before anything is read.
+pub fn check_target(target: &RestoreTarget<'_>) -> Result<(), ImageError> {
+    if let Some(protected) = target.protected {
+        refuse_inside(protected, target.path)?;
+    }
+    // A device always exists; it is named on purpose.
+    if target.path.exists() && !is_device(target.path) && !target.force {
+        return Err(ImageError::Exists { path: target.path.to_owned() });
+    }
+    Ok(())
+}
+
+/// Whether this is a block device.
+pub fn is_device(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device())
+}
+
+/// Opens a block device that nobody uses.
+pub fn open_device(path: &Path) -> Result<fs::File, ImageError> {
+    // For block devices O_EXCL says: not while it is mounted or otherwise claimed (`open(2)`).
+    let exclusive = rustix::fs::OFlags::EXCL.bits().cast_signed();
+    let device = OpenOptions::new().read(true).write(true).custom_flags(exclusive).open(path);
+    device.map_err(ImageError::io("open (is it mounted?)", path))
+}
+
+/// Restores from a source. A file gets its name only when it is complete and durable.
+pub fn restore_source(
+    source: &mut dyn PieceSource,
+    volume: &str,
+    target: &RestoreTarget<'_>,
+) -> Result<RestoredVolume, ImageError> {
+    check_target(target)?;
+    let (path, size) = (target.path, source.size());
+    if is_device(path) {
+        copy(source, Box::new(RawSink::device(open_device(path)?, path.to_owned(), size)?), target)?;
     } else {
-        let mut partial = target.as_os_str().to_owned();
+        let mut partial = path.as_os_str().to_owned();
         partial.push(".partial");
         let partial = PathBuf::from(partial);
-        let result = restore_file(&mut reader, &partial, size, request);
-        if let Err(error) = result {
+        if let Err(error) = restore_file(source, &partial, target) {
             let _ = fs::remove_file(&partial);
             return Err(error);
         }
     }
-    Ok(RestoredVolume { volume: request.volume.to_owned(), path: target.to_owned(), virtual_size: size })
+    Ok(RestoredVolume { volume: volume.to_owned(), path: path.to_owned(), virtual_size: size })
 }
 
 /// A target among the backups would overwrite one, or be taken for one.
-fn refuse_inside(directory: &ChainDirectory, target: &Path) -> Result<(), ImageError> {
+fn refuse_inside(directory: &Path, target: &Path) -> Result<(), ImageError> {
     let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let parent = parent.canonicalize().map_err(ImageError::io("open", parent))?;
     let real = target.canonicalize().unwrap_or_else(|_| parent.clone());
-    if parent.starts_with(directory.path()) || real.starts_with(directory.path()) {
+    if parent.starts_with(directory) || real.starts_with(directory) {
         return Err(ImageError::InsideBackups { path: target.to_owned() });
     }
     Ok(())
 }
 
-fn restore_file(
-    reader: &mut ChainReader,
-    partial: &Path,
-    size: u64,
-    request: &RestoreRequest<'_>,
-) -> Result<(), ImageError> {
+fn restore_file(source: &mut dyn PieceSource, partial: &Path, target: &RestoreTarget<'_>) -> Result<(), ImageError> {
+    let size = source.size();
     let _ = fs::remove_file(partial);
     let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(partial);
     let file = file.map_err(ImageError::io("create", partial))?;
-    let sink: Box<dyn ImageSink> = match request.format {
+    let sink: Box<dyn ImageSink> = match target.format {
         RestoreFormat::Raw => Box::new(RawSink::new(file, partial.to_owned(), size)?),
         RestoreFormat::Qcow2 => {
             let options = Qcow2Options { virtual_size: size, backing: None, compress: false };
             Box::new(Qcow2Writer::new(file, partial.to_owned(), options))
         }
     };
-    copy(reader, sink, request)?;
-    if request.force {
-        fs::rename(partial, request.target).map_err(ImageError::io("rename", partial))?;
+    copy(source, sink, target)?;
+    if target.force {
+        fs::rename(partial, target.path).map_err(ImageError::io("rename", partial))?;
     } else {
         // Whatever appeared at the target meanwhile is not ours to replace.
-        fs::hard_link(partial, request.target).map_err(ImageError::io("create", request.target))?;
+        fs::hard_link(partial, target.path).map_err(ImageError::io("create", target.path))?;
         fs::remove_file(partial).map_err(ImageError::io("remove", partial))?;
     }
-    let parent = request.target.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let parent = target.path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let handle = fs::File::open(parent).map_err(ImageError::io("open", parent))?;
     handle.sync_all().map_err(ImageError::io("write", parent))
 }
 
 fn copy(
-    reader: &mut ChainReader,
+    source: &mut dyn PieceSource,
     mut sink: Box<dyn ImageSink>,
-    request: &RestoreRequest<'_>,
+    target: &RestoreTarget<'_>,
 ) -> Result<(), ImageError> {
-    while let Some(piece) = reader.next_piece()? {
-        interrupted(request)?;
+    while let Some(piece) = source.next_piece()? {
+        interrupted(target)?;
+        let end = piece.range().map_or(0, |range| range.end());
         sink.write(piece)?;
-        request.progress.store(reader.position(), Ordering::Relaxed);
+        target.progress.store(end, Ordering::Relaxed);
     }
     sink.finish().map(drop)
 }
 
-fn interrupted(request: &RestoreRequest<'_>) -> Result<(), ImageError> {
-    if request.cancelled.load(Ordering::Relaxed) { Err(ImageError::Interrupted) } else { Ok(()) }
+fn interrupted(target: &RestoreTarget<'_>) -> Result<(), ImageError> {
+    if target.cancelled.load(Ordering::Relaxed) { Err(ImageError::Interrupted) } else { Ok(()) }
 }

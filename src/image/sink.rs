@@ -36,30 +36,30 @@ pub struct SinkSummary {
     pub content: Option<String>,
 }
 
-/// The error of a sink that is no image.
+/// The error of a source or sink that is no image.
 #[derive(Debug)]
-pub struct SinkError(Box<dyn Reason + Send + Sync>);
+pub struct ForeignError(Box<dyn Reason + Send + Sync>);
 
-impl SinkError {
-    /// Wraps the sink's own error.
+impl ForeignError {
+    /// Wraps its own error.
     pub fn new(error: impl Reason + Send + Sync + 'static) -> Self {
         Self(Box::new(error))
     }
 }
 
-impl fmt::Display for SinkError {
+impl fmt::Display for ForeignError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
     }
 }
 
-impl Error for SinkError {
+impl Error for ForeignError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         self.0.source()
     }
 }
 
-impl Reason for SinkError {
+impl Reason for ForeignError {
     fn reason(&self) -> &'static str {
         self.0.reason()
     }

@@ -1,5 +1,6 @@
 //! Moves disk content: from an NBD export into an image sink.
 
+mod asked;
 mod bandwidth;
 mod pull;
 

@@ -4,9 +4,9 @@
 //! thread of its own and may hang in the kernel for as long as its target does. Between them stand buffers of bounded
 //! number: a read is asked for only when there is one for its reply, so back-pressure of the target ends here.
 
-use super::Bandwidth;
+use super::{Bandwidth, asked::Asked};
 use crate::{
-    extent::{ByteRange, Piece, Run, Work, align, intersection, plan, whole_units},
+    extent::{ByteRange, Piece, Run, Work, align, intersection, plan},
     image::{ImageError, ImageSink, SinkSummary},
     nbd::{self, Content, NbdClient, NbdError, StatusExtent},
     reason::{Reason, Retry},
@@ -21,7 +21,7 @@ use std::{
     },
 };
 use tokio::{
-    net::UnixStream,
+    io::{AsyncRead, AsyncWrite},
     sync::{OwnedSemaphorePermit, Semaphore, oneshot},
 };
 
@@ -36,6 +36,8 @@ const BUFFERS: usize = 256;
 pub struct PullRequest {
     /// Name of the export.
     pub export: String,
+    /// Bytes that the disk has; an export of another size is refused. `None`: as many as the export says.
+    pub size: Option<u64>,
     /// Bitmap that says what changed; `None`: everything is read.
     pub bitmap: Option<String>,
     /// Bytes in whose multiples the sink takes content: a power of two, at least 64 KiB, at most 32 MiB.
@@ -96,12 +98,12 @@ impl Reason for PullError {
     }
 }
 
-type Delivery = (Piece, Option<OwnedSemaphorePermit>);
+type Delivery = (Piece, OwnedSemaphorePermit);
 
 /// Reads everything that the request names into the sink. `Ok` only when every byte was read and the sink made it
 /// durable. Dropping the future closes the connection at once; a sink that hangs is left to its thread.
-pub async fn pull(
-    stream: UnixStream,
+pub async fn pull<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: S,
     request: &PullRequest,
     sink: Box<dyn ImageSink>,
     progress: &PullProgress,
@@ -109,6 +111,10 @@ pub async fn pull(
     let mut contexts = vec!["base:allocation".to_owned()];
     contexts.extend(request.bitmap.iter().map(|name| format!("qemu:dirty-bitmap:{name}")));
     let client = NbdClient::connect(stream, &request.export, &contexts).await?;
+    if let Some(size) = request.size.filter(|size| *size != client.size()) {
+        // A shorter one would pass for a whole disk.
+        return Err(NbdError::Protocol(format!("an export of {} bytes for a disk of {size}", client.size())).into());
+    }
     let (pieces, outcome) = start_sink(sink)?;
     let mut reader = Reader {
         size: client.size(),
@@ -170,20 +176,8 @@ fn start_sink(
     Ok((pieces, outcome))
 }
 
-/// A read under way.
-#[derive(Debug)]
-struct Asked {
-    cookie: u64,
-    range: ByteRange,
-    bytes: Vec<u8>,
-    /// Bytes received so far; chunks come in any order but never overlap.
-    received: u64,
-    done: bool,
-    buffer: Option<OwnedSemaphorePermit>,
-}
-
-struct Reader<'a> {
-    client: NbdClient,
+struct Reader<'a, S> {
+    client: NbdClient<S>,
     size: u64,
     request: &'a PullRequest,
     progress: &'a PullProgress,
@@ -195,7 +189,7 @@ struct Reader<'a> {
     read_bytes: u64,
 }
 
-impl Reader<'_> {
+impl<S: AsyncRead + AsyncWrite + Unpin> Reader<'_, S> {
     async fn run(&mut self) -> Result<(), PullError> {
         let mut total = 0;
         self.walk(|work| {
@@ -212,7 +206,9 @@ impl Reader<'_> {
                     Work::Zero => {
                         // Behind the reads before it, to keep the order.
                         self.drain().await?;
-                        self.deliver(Piece::Zero(range), None)?;
+                        // Small, but a sink that stalls would let them pile up without end.
+                        let place = self.wait_for_buffer().await?;
+                        self.deliver(Piece::Zero(range), place)?;
                     }
                     Work::Read => self.read(range).await?,
                 }
@@ -259,7 +255,7 @@ impl Reader<'_> {
             if border > start {
                 let cut = |(range, kind): (ByteRange, Work)| Some((range.split_at(border).0?, kind));
                 let work: Vec<_> = work.into_iter().filter_map(cut).collect();
-                return Ok((align(&whole_units(&work, unit, self.size), unit, self.size), border));
+                return Ok((align(&work, unit, self.size), border));
             }
         }
     }
@@ -278,8 +274,11 @@ impl Reader<'_> {
                 Some(extents.iter().map(|e| Run { length: e.length, set: e.flags & flag != 0 }).collect())
             };
             match chunk.content {
-                Content::Status { context: 0, extents } => zero = runs(extents, nbd::STATE_ZERO),
-                Content::Status { extents, .. } => dirty = runs(extents, nbd::STATE_DIRTY),
+                Content::Status { context: 0, extents } if zero.is_none() => zero = runs(extents, nbd::STATE_ZERO),
+                Content::Status { context: 1, extents } if dirty.is_none() => dirty = runs(extents, nbd::STATE_DIRTY),
+                Content::Status { .. } => {
+                    return Err(NbdError::Protocol("a context twice in a block status".into()).into());
+                }
                 Content::Error { errno } => return Err(NbdError::Read { offset: at, errno }.into()),
                 Content::None => {}
                 _ => return Err(NbdError::Protocol("data in answer to a block status".into()).into()),
@@ -311,19 +310,22 @@ impl Reader<'_> {
                     break buffer;
                 }
                 if self.asked.is_empty() {
-                    // Nothing is outstanding: here, and only here, the target's pace is waited for.
-                    let acquire = Arc::clone(&self.buffers).acquire_owned();
-                    break acquire.await.map_err(|_| PullError::SinkDied)?;
+                    break self.wait_for_buffer().await?;
                 }
                 self.receive().await?;
             };
             let bytes = vec![0; usize::try_from(length).unwrap_or(0)];
             let cookie = self.client.ask_read(at, u32::try_from(length).unwrap_or(0)).await?;
             let range = ByteRange::with_length(at, length).ok_or(PullError::SinkDied)?;
-            self.asked.push_back(Asked { cookie, range, bytes, received: 0, done: false, buffer: Some(buffer) });
+            self.asked.push_back(Asked::new(cookie, range, bytes, buffer));
             at += length;
         }
         Ok(())
+    }
+
+    /// Waits at the target's pace: only here, and only while nothing is outstanding.
+    async fn wait_for_buffer(&self) -> Result<OwnedSemaphorePermit, PullError> {
+        Arc::clone(&self.buffers).acquire_owned().await.map_err(|_| PullError::SinkDied)
     }
 
     fn outstanding(&self) -> u64 {
@@ -353,19 +355,15 @@ impl Reader<'_> {
             }
             Content::Status { .. } => return Err(stray()),
         };
-        let at = offset.checked_sub(asked.range.start()).ok_or_else(stray)?;
-        if at.checked_add(length).is_none_or(|end| end > asked.range.len()) {
-            return Err(stray());
-        }
+        asked.take(offset, length).ok_or_else(stray)?;
         if let Content::Data { bytes, .. } = chunk.content {
-            if at == 0 && length == asked.range.len() {
+            if length == asked.range.len() {
                 asked.bytes = bytes.into();
             } else {
-                let at = usize::try_from(at).unwrap_or(usize::MAX);
+                let at = usize::try_from(offset - asked.range.start()).unwrap_or(usize::MAX);
                 asked.bytes[at..at + bytes.len()].copy_from_slice(&bytes);
             }
         }
-        asked.received += length;
         if chunk.done {
             if asked.received != asked.range.len() {
                 return Err(NbdError::Protocol("a read that was answered in part".into()).into());
@@ -382,7 +380,7 @@ impl Reader<'_> {
         Ok(())
     }
 
-    fn deliver(&self, piece: Piece, buffer: Option<OwnedSemaphorePermit>) -> Result<(), PullError> {
+    fn deliver(&self, piece: Piece, buffer: OwnedSemaphorePermit) -> Result<(), PullError> {
         self.pieces.send(Some((piece, buffer))).map_err(|_| PullError::SinkDied)
     }
 }

@@ -3,7 +3,7 @@
 use super::{NbdError, handshake, wire::*};
 use bytes::Bytes;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, BufReader},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader},
     net::UnixStream,
 };
 
@@ -62,16 +62,16 @@ pub struct StatusExtent {
 
 /// A client in transmission phase. It does not limit what is outstanding: its user does.
 #[derive(Debug)]
-pub struct NbdClient {
-    stream: BufReader<UnixStream>,
+pub struct NbdClient<S = UnixStream> {
+    stream: BufReader<S>,
     size: u64,
     contexts: Vec<u32>,
     next_cookie: u64,
 }
 
-impl NbdClient {
+impl<S: AsyncRead + AsyncWrite + Unpin> NbdClient<S> {
     /// Negotiates on a connected socket. All `contexts` must be there.
-    pub async fn connect(stream: UnixStream, export: &str, contexts: &[String]) -> Result<Self, NbdError> {
+    pub async fn connect(stream: S, export: &str, contexts: &[String]) -> Result<Self, NbdError> {
         let mut stream = BufReader::with_capacity(16 << 10, stream);
         let settled = handshake::negotiate(&mut stream, export, contexts).await?;
         Ok(Self { stream, size: settled.size, contexts: settled.contexts, next_cookie: 1 })
@@ -122,7 +122,8 @@ impl NbdClient {
         let length = self.stream.read_u32().await?;
         let bad = |what: &str| Err(NbdError::Protocol(format!("{what} chunk of {length} bytes")));
         let content = match kind {
-            CHUNK_NONE if length == 0 => Content::None,
+            // One that is not the last says nothing, and could be repeated for ever.
+            CHUNK_NONE if length == 0 && flags & CHUNK_DONE != 0 => Content::None,
             CHUNK_DATA => {
                 if length <= 8 || u64::from(length) - 8 > longest {
                     return bad("a data");
@@ -136,7 +137,11 @@ impl NbdClient {
                 if length != 12 {
                     return bad("a hole");
                 }
-                Content::Hole { offset: self.stream.read_u64().await?, length: self.stream.read_u32().await? }
+                let (offset, length) = (self.stream.read_u64().await?, self.stream.read_u32().await?);
+                if length == 0 {
+                    return bad("an empty hole");
+                }
+                Content::Hole { offset, length }
             }
             CHUNK_BLOCK_STATUS => {
                 if length < 12 || (length - 4) % 8 != 0 || (length - 4) / 8 > MAX_EXTENTS {

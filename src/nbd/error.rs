@@ -50,6 +50,11 @@ impl Reason for NbdError {
 
 impl From<std::io::Error> for NbdError {
     fn from(error: std::io::Error) -> Self {
-        if error.kind() == std::io::ErrorKind::UnexpectedEof { Self::Closed } else { Self::Io(error) }
+        use std::io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+        match error.kind() {
+            // A server that goes with requests unread resets the connection.
+            UnexpectedEof | ConnectionReset | BrokenPipe => Self::Closed,
+            _ => Self::Io(error),
+        }
     }
 }

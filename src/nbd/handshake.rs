@@ -1,10 +1,8 @@
 //! Fixed newstyle handshake.
 
 use super::{NbdError, wire::*};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, BufReader},
-    net::UnixStream,
-};
+use crate::reason::printable;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 
 /// What the handshake settled.
 #[derive(Debug)]
@@ -17,7 +15,7 @@ pub(super) struct Settled {
 
 /// Negotiates `export` with structured replies and these metadata contexts, all of which must be there.
 pub(super) async fn negotiate(
-    stream: &mut BufReader<UnixStream>,
+    stream: &mut BufReader<impl AsyncRead + AsyncWrite + Unpin>,
     export: &str,
     contexts: &[String],
 ) -> Result<Settled, NbdError> {
@@ -38,11 +36,12 @@ pub(super) async fn negotiate(
     contexts.iter().for_each(|name| payload.extend(sized(name)));
     option(stream, OPT_SET_META_CONTEXT, &payload).await?;
     let mut ids = vec![None; contexts.len()];
-    loop {
+    for count in 0.. {
         let (kind, body) = reply(stream, OPT_SET_META_CONTEXT, "metadata contexts").await?;
         if kind == REP_ACK {
             break;
         }
+        patience(count)?;
         if kind == REP_META_CONTEXT && body.len() >= 4 {
             let (id, name) = body.split_at(4);
             if let Some(at) = contexts.iter().position(|wanted| wanted.as_bytes() == name) {
@@ -59,11 +58,12 @@ pub(super) async fn negotiate(
     payload.extend(0_u16.to_be_bytes());
     option(stream, OPT_GO, &payload).await?;
     let mut size = None;
-    loop {
+    for count in 0.. {
         let (kind, body) = reply(stream, OPT_GO, "the export").await?;
         if kind == REP_ACK {
             break;
         }
+        patience(count)?;
         if kind == REP_INFO && body.len() == 12 && body[..2] == INFO_EXPORT.to_be_bytes() {
             let mut bytes = [0; 8];
             bytes.copy_from_slice(&body[2..10]);
@@ -71,7 +71,15 @@ pub(super) async fn negotiate(
         }
     }
     let size = size.ok_or_else(|| NbdError::Protocol("the size of the export is missing".into()))?;
+    if size > MAX_SIZE {
+        return Err(NbdError::Protocol(format!("an export of {size} bytes")));
+    }
     Ok(Settled { size, contexts: ids.into_iter().flatten().collect() })
+}
+
+/// An option may be answered by several replies, but not without end.
+fn patience(count: u32) -> Result<(), NbdError> {
+    if count < MAX_REPLIES { Ok(()) } else { Err(NbdError::Protocol("option replies without end".into())) }
 }
 
 fn sized(text: &str) -> Vec<u8> {
@@ -80,7 +88,11 @@ fn sized(text: &str) -> Vec<u8> {
     bytes
 }
 
-async fn option(stream: &mut BufReader<UnixStream>, number: u32, payload: &[u8]) -> Result<(), NbdError> {
+async fn option(
+    stream: &mut BufReader<impl AsyncRead + AsyncWrite + Unpin>,
+    number: u32,
+    payload: &[u8],
+) -> Result<(), NbdError> {
     let mut request = MAGIC_OPTION.to_be_bytes().to_vec();
     request.extend(number.to_be_bytes());
     request.extend(u32::try_from(payload.len()).unwrap_or(u32::MAX).to_be_bytes());
@@ -90,7 +102,7 @@ async fn option(stream: &mut BufReader<UnixStream>, number: u32, payload: &[u8])
 }
 
 async fn reply(
-    stream: &mut BufReader<UnixStream>,
+    stream: &mut BufReader<impl AsyncRead + AsyncWrite + Unpin>,
     number: u32,
     name: &'static str,
 ) -> Result<(u32, Vec<u8>), NbdError> {
@@ -105,7 +117,7 @@ async fn reply(
     let mut body = vec![0; length as usize];
     stream.read_exact(&mut body).await?;
     if kind & REP_ERROR != 0 {
-        let text: String = String::from_utf8_lossy(&body).chars().take(300).collect();
+        let text = printable(&String::from_utf8_lossy(&body), 300);
         let message = if text.is_empty() { format!("error {}", kind & !REP_ERROR) } else { text };
         return Err(NbdError::Refused { option: name, message });
     }

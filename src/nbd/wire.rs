@@ -80,5 +80,9 @@ pub(crate) const STATE_DIRTY: u32 = 1;
 
 /// The longest option reply that is accepted, in bytes.
 pub(super) const MAX_OPTION_REPLY: u32 = 64 << 10;
+/// Replies to one option; QEMU sends one for each context or piece of information, nbdkit the like.
+pub(super) const MAX_REPLIES: u32 = 256;
+/// The largest export, in bytes: what an offset of a file can be.
+pub(super) const MAX_SIZE: u64 = i64::MAX.cast_unsigned();
 /// Extents in one block status answer: QEMU sends at most 131072 a context.
 pub(super) const MAX_EXTENTS: u32 = 256 << 10;

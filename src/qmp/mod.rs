@@ -11,7 +11,7 @@ mod monitor;
 mod probe;
 mod unix;
 
-pub use codec::{CodecError, LineDecoder, MAX_LINE};
+pub use codec::{CodecError, LineDecoder, MAX_LINE, MAX_WEIGHT};
 pub use error::{ErrorClass, QmpError};
 pub use monitor::{Command, Monitor, Qmp};
 pub use probe::Capabilities;

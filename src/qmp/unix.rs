@@ -1,6 +1,7 @@
 //! The monitor behind a Unix socket (`-qmp unix:…`).
 
 use super::{ErrorClass, Monitor, QmpError, codec::LineDecoder};
+use crate::reason::printable;
 use futures::{FutureExt, future::BoxFuture};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde_json::{Value, json};
@@ -25,6 +26,8 @@ use tokio::{
 
 /// Events that wait for a slow listener; more are dropped (a drain flips job states by the hundred).
 const EVENT_QUEUE: usize = 256;
+/// Memory of one event, in bytes; a heavier one is dropped, since so many can wait. Real ones have less than 8 KiB.
+const MAX_EVENT: usize = 64 << 10;
 
 /// Time limits of a connection.
 #[derive(Debug, Clone, Copy)]
@@ -67,7 +70,34 @@ struct Shared {
     /// Who waits for which id; `None` once the connection has ended, with the reason beside it.
     waiting: Mutex<Option<HashMap<u64, oneshot::Sender<Answer>>>>,
     protocol_error: Mutex<Option<String>>,
-    events: broadcast::Sender<Value>,
+    /// `None` once the connection has ended: that is how listeners learn of it.
+    events: Mutex<Option<broadcast::Sender<Value>>>,
+}
+
+impl Shared {
+    /// Wakes everybody who waits. The first reason stays.
+    fn end(&self, protocol_error: Option<String>) {
+        if let Some(detail) = protocol_error {
+            lock(&self.protocol_error).get_or_insert(detail);
+        }
+        lock(&self.waiting).take();
+        lock(&self.events).take();
+    }
+}
+
+/// A call that waits for its answer, until it is dropped.
+#[derive(Debug)]
+struct Waiting<'a> {
+    shared: &'a Shared,
+    id: u64,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if let Some(waiting) = lock(&self.shared.waiting).as_mut() {
+            waiting.remove(&self.id);
+        }
+    }
 }
 
 impl UnixMonitor {
@@ -91,7 +121,7 @@ impl UnixMonitor {
         let shared = Arc::new(Shared {
             waiting: Mutex::new(Some(HashMap::new())),
             protocol_error: Mutex::new(None),
-            events: broadcast::channel(EVENT_QUEUE).0,
+            events: Mutex::new(Some(broadcast::channel(EVENT_QUEUE).0)),
         });
         let reader = tokio::spawn(read_all(Arc::clone(&stream), Arc::clone(&shared), decoder));
         let monitor = Self {
@@ -107,9 +137,11 @@ impl UnixMonitor {
         Ok(monitor)
     }
 
-    /// QEMU's events from now on. A listener that lags loses the oldest.
+    /// QEMU's events from now on. A listener that lags loses the oldest, and sees the end of the connection.
     pub fn events(&self) -> broadcast::Receiver<Value> {
-        self.shared.events.subscribe()
+        let events = lock(&self.shared.events);
+        // Without a sender a receiver is closed from the start.
+        events.as_ref().map_or_else(|| broadcast::channel(1).1, broadcast::Sender::subscribe)
     }
 
     /// A duplicate of the connection's descriptor, for a guardian that continues the guest when this process dies:
@@ -129,19 +161,16 @@ impl UnixMonitor {
             Some(waiting) => waiting.insert(id, sender),
             None => return Err(self.ended()),
         };
+        let _waiting = Waiting { shared: &self.shared, id };
         let sent = async {
             let _guard = self.sending.lock().await;
-            send(&self.stream, &line, &fds).await
+            Sending { shared: &self.shared, line: &line, sent: 0 }.run(&self.stream, &fds).await
         };
         let exchange = async {
             sent.await.map_err(|source| QmpError::Io { peer: self.path.clone(), source })?;
             receiver.await.map_err(|_| self.ended())
         };
-        let answer = timeout(self.limits.command, exchange).await;
-        if let Some(waiting) = lock(&self.shared.waiting).as_mut() {
-            waiting.remove(&id);
-        }
-        match answer {
+        match timeout(self.limits.command, exchange).await {
             Err(_) => Err(QmpError::Timeout { command: name, limit: self.limits.command }),
             Ok(Err(error)) => Err(error),
             Ok(Ok(Err(refusal))) => {
@@ -188,29 +217,47 @@ async fn dial(path: &Path, limit: Duration) -> io::Result<UnixStream> {
     }
 }
 
-/// Sends the whole line, the descriptors with its first byte. In one `sendmsg` as a rule, so that a guardian with a
-/// duplicate of the socket cannot cut a line in two.
-async fn send(stream: &UnixStream, line: &[u8], fds: &[OwnedFd]) -> io::Result<()> {
-    let mut sent = 0;
-    while sent < line.len() {
-        stream.writable().await?;
-        let result = stream.try_io(Interest::WRITABLE, || {
-            let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
-            let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
-            let mut control = SendAncillaryBuffer::new(&mut space);
-            if sent == 0 && !borrowed.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&borrowed)) {
-                return Err(io::Error::new(io::ErrorKind::InvalidInput, "more than 8 descriptors"));
+/// A line on its way.
+#[derive(Debug)]
+struct Sending<'a> {
+    shared: &'a Shared,
+    line: &'a [u8],
+    sent: usize,
+}
+
+impl Sending<'_> {
+    /// Sends the whole line, the descriptors with its first byte. In one `sendmsg` as a rule, so that a guardian with a
+    /// duplicate of the socket cannot cut a line in two.
+    async fn run(&mut self, stream: &UnixStream, fds: &[OwnedFd]) -> io::Result<()> {
+        while self.sent < self.line.len() {
+            stream.writable().await?;
+            let result = stream.try_io(Interest::WRITABLE, || {
+                let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+                let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+                let mut control = SendAncillaryBuffer::new(&mut space);
+                if self.sent == 0 && !borrowed.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&borrowed)) {
+                    return Err(io::Error::new(io::ErrorKind::InvalidInput, "more than 8 descriptors"));
+                }
+                let rest = IoSlice::new(&self.line[self.sent..]);
+                rustix::net::sendmsg(stream, &[rest], &mut control, SendFlags::NOSIGNAL).map_err(Into::into)
+            });
+            match result {
+                Ok(count) => self.sent += count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
             }
-            rustix::net::sendmsg(stream, &[IoSlice::new(&line[sent..])], &mut control, SendFlags::NOSIGNAL)
-                .map_err(Into::into)
-        });
-        match result {
-            Ok(count) => sent += count,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Sending<'_> {
+    fn drop(&mut self) {
+        // Its caller gave up half-way: the next line would be glued to the half one.
+        if (1..self.line.len()).contains(&self.sent) {
+            self.shared.end(Some("it did not read a command to its end".into()));
         }
     }
-    Ok(())
 }
 
 enum ReadError {
@@ -248,45 +295,96 @@ async fn read_message(stream: &UnixStream, decoder: &mut LineDecoder) -> Result<
 
 async fn read_all(stream: Arc<UnixStream>, shared: Arc<Shared>, mut decoder: LineDecoder) {
     loop {
-        match read_message(&stream, &mut decoder).await {
+        let error = match read_message(&stream, &mut decoder).await {
             Ok(message) if message.get("event").is_some() => {
-                // No listener is no error.
-                let _ = shared.events.send(message);
+                publish(&shared, message, decoder.weight());
+                continue;
             }
-            Ok(message) => deliver(&shared, message),
-            Err(error) => {
-                if let ReadError::Protocol(detail) = error {
-                    *lock(&shared.protocol_error) = Some(detail);
-                }
-                // Dropping the senders wakes everybody who waits.
-                lock(&shared.waiting).take();
-                return;
-            }
-        }
+            Ok(message) => match deliver(&shared, message) {
+                Ok(()) => continue,
+                Err(error) => error,
+            },
+            Err(error) => error,
+        };
+        shared.end(if let ReadError::Protocol(detail) = error { Some(detail) } else { None });
+        return;
     }
 }
 
-fn deliver(shared: &Shared, mut message: Value) {
+fn publish(shared: &Shared, event: Value, weight: usize) {
+    if weight > MAX_EVENT {
+        tracing::debug!(weight, "an event of the monitor is too large to keep");
+    } else if let Some(events) = lock(&shared.events).as_ref() {
+        // No listener is no error.
+        let _ = events.send(event);
+    }
+}
+
+fn deliver(shared: &Shared, mut message: Value) -> Result<(), ReadError> {
     let sender = message.get("id").and_then(Value::as_u64).and_then(|id| lock(&shared.waiting).as_mut()?.remove(&id));
     let Some(sender) = sender else {
         // The answer to a command that timed out, or to a guardian's.
         tracing::debug!("monitor answered nobody's command");
-        return;
+        return Ok(());
     };
-    let answer = match message.get_mut("error") {
-        Some(error) => Err(refusal(error)),
-        None => Ok(message.get_mut("return").map(Value::take).unwrap_or_default()),
+    let refused = message.get("error").map(refusal);
+    let answer = match (refused, message.get_mut("return")) {
+        (Some(refusal), _) => Err(refusal),
+        (None, Some(value)) => Ok(value.take()),
+        (None, None) => return Err(ReadError::Protocol("an answer without return and without error".into())),
     };
     let _ = sender.send(answer);
+    Ok(())
 }
 
 fn refusal(error: &Value) -> Refusal {
-    let text = |key: &str| error.get(key).and_then(Value::as_str).unwrap_or("(no text)").chars().take(2000).collect();
-    let class: String = text("class");
-    Refusal { class: ErrorClass::from_wire(&class), description: text("desc") }
+    let text = |key: &str| printable(error.get(key).and_then(Value::as_str).unwrap_or("(no text)"), 2000);
+    Refusal { class: ErrorClass::from_wire(&text("class")), description: text("desc") }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     // The data is plain: a panic elsewhere leaves it usable.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::{
+        io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
+        net::UnixListener,
+    };
+
+    #[tokio::test]
+    async fn a_call_that_is_dropped_waits_no_longer_and_its_answer_harms_nobody() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("qmp.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = tokio::spawn(async move {
+            let mut stream = BufReader::new(listener.accept().await.unwrap().0);
+            stream.write_all(b"{\"QMP\": {}}\n").await.unwrap();
+            let mut line = String::new();
+            while stream.read_line(&mut line).await.unwrap() > 0 {
+                let request: Value = serde_json::from_str(&line).unwrap();
+                line.clear();
+                // The dropped one is answered along with the next.
+                if request["execute"] != "dropped" {
+                    for id in 1..=request["id"].as_u64().unwrap() {
+                        stream.write_all(format!("{{\"return\": {id}, \"id\": {id}}}\n").as_bytes()).await.unwrap();
+                    }
+                }
+            }
+        });
+        let monitor = UnixMonitor::connect(&path, TimeLimits::default()).await.unwrap();
+        for _ in 0..10 {
+            let mut call = monitor.call(json!({"execute": "dropped"}), Vec::new());
+            assert!(futures::poll!(&mut call).is_pending());
+            assert_eq!(lock(&monitor.shared.waiting).as_ref().unwrap().len(), 1);
+            drop(call);
+            assert!(lock(&monitor.shared.waiting).as_ref().unwrap().is_empty());
+        }
+        assert_eq!(monitor.call(json!({"execute": "next"}), Vec::new()).await.unwrap(), 12);
+        drop(monitor);
+        server.await.unwrap();
+    }
 }

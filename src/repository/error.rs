@@ -131,6 +131,14 @@ impl RepositoryError {
         Self::Damaged { object: object.into(), detail: detail.into() }
     }
 
+    /// The object that it is about, where there is one.
+    pub fn object(&self) -> Option<&str> {
+        match self {
+            Self::Storage { object, .. } | Self::Damaged { object, .. } | Self::TooNew { object, .. } => Some(object),
+            _ => None,
+        }
+    }
+
     /// Whether something in the repository is not to be trusted, rather than unreachable.
     pub fn is_integrity(&self) -> bool {
         match self {

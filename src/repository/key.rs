@@ -5,7 +5,7 @@
 
 use super::{
     RepositoryError,
-    seal::{ObjectKind, Sealer},
+    seal::{OVERHEAD, ObjectKind, Sealer},
 };
 use argon2::{Algorithm, Argon2, Params, Version};
 use jiff::Timestamp;
@@ -14,6 +14,11 @@ use zeroize::Zeroizing;
 
 /// Largest slot that is read, in bytes.
 pub(super) const MAX_SLOT: u64 = 64 << 10;
+/// Bytes of the salt of a slot.
+const SALT: usize = 16;
+/// Bytes of the master key, sealed. AES-GCM does not commit to its key: a forger can make one ciphertext open under as
+/// many keys as it has blocks, and learn from each answer which passphrases are none. So a slot has no room for more.
+const SEALED: usize = OVERHEAD + 32;
 /// The most memory that a slot may ask for, in KiB: a forged slot must not take the machine down.
 const MAX_MEMORY_KIB: u32 = 1 << 20;
 const MAX_ITERATIONS: u32 = 32;
@@ -73,8 +78,9 @@ pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// The bytes of lower-case hex digits; anything else would be a second way to write the same.
 pub(super) fn unhex(text: &str) -> Option<Vec<u8>> {
-    if !text.len().is_multiple_of(2) || !text.is_ascii() {
+    if !text.len().is_multiple_of(2) || !text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')) {
         return None;
     }
     (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).ok()).collect()
@@ -121,7 +127,7 @@ impl KeySlot {
         label: &str,
         repository: [u8; 16],
     ) -> Result<Self, RepositoryError> {
-        let (mut id, mut salt) = ([0; 8], [0; 16]);
+        let (mut id, mut salt) = ([0; 8], [0; SALT]);
         random(&mut id)?;
         random(&mut salt)?;
         let kdf = Kdf {
@@ -145,6 +151,9 @@ impl KeySlot {
     ) -> Result<Option<MasterKey>, RepositoryError> {
         let damaged = |detail: &str| RepositoryError::damaged(format!("key slot {}", self.id), detail);
         let sealed = unhex(&self.sealed).ok_or_else(|| damaged("its sealed key is not hexadecimal"))?;
+        if sealed.len() != SEALED {
+            return Err(damaged("its sealed key has the wrong length"));
+        }
         let sealer = Sealer::new(ObjectKind::Key, self.kdf.key(passphrase, &self.id)?, repository);
         let Ok(opened) = sealer.open(self.id.as_bytes(), &sealed, "key slot") else {
             return Ok(None);
@@ -164,7 +173,8 @@ impl Kdf {
         if self.memory_kib > MAX_MEMORY_KIB || self.iterations > MAX_ITERATIONS || self.parallelism > MAX_PARALLELISM {
             return Err(damaged("it asks for more memory or time than any slot that this program makes"));
         }
-        let salt = unhex(&self.salt).ok_or_else(|| damaged("its salt is not hexadecimal"))?;
+        let salt = unhex(&self.salt).filter(|salt| salt.len() == SALT);
+        let salt = salt.ok_or_else(|| damaged("its salt is not 16 bytes in hexadecimal"))?;
         let params = Params::new(self.memory_kib, self.iterations, self.parallelism, Some(32));
         let params = params.map_err(|_| damaged("its parameters are out of range"))?;
         let mut key = Zeroizing::new([0; 32]);

@@ -170,12 +170,19 @@ impl Repository {
     async fn read_all(&self, names: Vec<ManifestName>) -> Catalogue {
         let mut catalogue = Catalogue::default();
         let mut read = stream::iter(names)
-            .map(|name| async move { self.read_manifest(&name).await })
+            .map(|name| async move {
+                match self.read_manifest(&name).await {
+                    // Forgotten since it was listed.
+                    Err(_) if matches!(self.storage().exists(&name.object).await, Ok(false)) => None,
+                    result => Some(result),
+                }
+            })
             .buffer_unordered(PARALLEL_READS);
         while let Some(result) = read.next().await {
             match result {
-                Ok(manifest) => catalogue.manifests.push(manifest),
-                Err(error) => catalogue.damaged.push(error),
+                Some(Ok(manifest)) => catalogue.manifests.push(manifest),
+                Some(Err(error)) => catalogue.damaged.push(error),
+                None => {}
             }
         }
         let order =

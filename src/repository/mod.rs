@@ -5,33 +5,45 @@
 //! has to be read. `docs/format.md` is the specification.
 
 mod cache;
+mod check;
 mod chunk;
 mod error;
+mod forget;
 mod index;
 mod key;
 mod location;
 mod manifest;
 mod plan;
 mod process;
+#[cfg(test)]
+mod protocol_test;
+mod prune;
 mod random;
 mod reader;
 #[allow(clippy::module_inception, reason = "the module is named for what it holds")]
 mod repository;
+mod restore;
 mod seal;
 mod session;
 mod storage;
+mod usage;
 mod writer;
 
+pub use check::{CheckOptions, CheckProgress, CheckSummary, CheckedBackup};
 pub use chunk::{ChunkId, DEFAULT_CHUNK_SIZE, MAX_CHUNK_SIZE, MIN_CHUNK_SIZE};
 pub use error::RepositoryError;
+pub use forget::NamedBackup;
 pub use index::{FANOUT, IndexReader, Shape};
 pub use key::{KeySlot, Passphrase};
 pub use location::Location;
 pub use manifest::{Catalogue, MANIFEST_VERSION, Manifest, StoredVolume};
 pub use process::Process;
+pub use prune::{PruneOptions, PruneProgress, PruneSummary};
 pub use random::{RandomReader, Unreadable};
 pub use reader::VolumeReader;
 pub use repository::{REPOSITORY_VERSION, Repository};
+pub use restore::{InPlaceSummary, RepositorySource, restore_in_place};
 pub use session::RepositorySession;
 pub use storage::{Storage, StoredObject};
+pub use usage::ChunkUsage;
 pub use writer::{Base, ChunkPipeline, VolumeWriter};

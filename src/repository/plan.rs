@@ -1,6 +1,8 @@
 //! The state of a prune, as it is stored: there is at most one.
 
-use super::{RepositoryError, chunk::ChunkId, index::page_bytes, process::Process, repository::Repository};
+use super::{
+    RepositoryError, chunk::ChunkId, index::page_bytes, process::Process, repository::Repository, storage::Version,
+};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
@@ -37,17 +39,23 @@ pub(super) struct Plan {
     pub(super) condemned: u64,
     /// Bytes of their objects.
     pub(super) bytes: u64,
-    /// Sessions that may not have seen the list.
-    pub(super) waits_for: Vec<String>,
+    /// Sessions that may not have seen the list; `None` until they were looked for, which is after it was published.
+    pub(super) waits_for: Option<Vec<String>>,
 }
 
 impl Plan {
     pub(super) async fn load(repository: &Repository) -> Result<Option<Self>, RepositoryError> {
-        let Some(object) = repository.storage().get(PLAN, MAX_PLAN).await? else { return Ok(None) };
+        Ok(Self::load_with_version(repository).await?.map(|(plan, _)| plan))
+    }
+
+    pub(super) async fn load_with_version(repository: &Repository) -> Result<Option<(Self, Version)>, RepositoryError> {
+        let Some((object, version)) = repository.storage().get_with_version(PLAN, MAX_PLAN).await? else {
+            return Ok(None);
+        };
         let document = repository.prunes().open(PLAN.as_bytes(), &object, PLAN)?;
         let plan = serde_json::from_slice(&document)
             .map_err(|error| RepositoryError::damaged(PLAN, format!("it is no plan: {error}")))?;
-        Ok(Some(plan))
+        Ok(Some((plan, version)))
     }
 
     pub(super) fn sealed(&self, repository: &Repository) -> Result<Vec<u8>, RepositoryError> {

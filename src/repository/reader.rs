@@ -29,7 +29,12 @@ impl VolumeReader {
     pub fn new(repository: Arc<Repository>, volume: &StoredVolume) -> Result<Self, RepositoryError> {
         let root = Self::root_of(volume)?;
         let shape = volume.shape(&repository);
-        Ok(Self { repository, index: IndexReader::new(shape, root), root })
+        Ok(Self::at(repository, shape, root))
+    }
+
+    /// For an index.
+    pub(super) fn at(repository: Arc<Repository>, shape: Shape, root: ChunkId) -> Self {
+        Self { repository, index: IndexReader::new(shape, root), root }
     }
 
     /// Root of a volume's index.
@@ -76,6 +81,28 @@ impl VolumeReader {
                 Ok(Some((run, (index, leaf + 1))))
             }
         })
+    }
+
+    /// Shows every id of the index to `enter`, from the root down: level (0 are chunks) and id. What hangs on a page is
+    /// shown only when `enter` answers yes.
+    pub(super) async fn walk(
+        &mut self,
+        enter: &mut (dyn FnMut(u32, ChunkId) -> bool + Send),
+    ) -> Result<(), RepositoryError> {
+        let shape = self.shape();
+        if !enter(shape.levels(), self.root) {
+            return Ok(());
+        }
+        let mut open = vec![(shape.levels(), 0)];
+        while let Some((level, page)) = open.pop() {
+            let ids = self.index.page_ids(&self.repository, level, page).await?;
+            for (number, id) in (page * FANOUT..).zip(ids) {
+                if enter(level - 1, id) && level > 1 {
+                    open.push((level - 1, number));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The whole content in ascending order, read ahead in parallel; every chunk is proved before it comes.

@@ -8,6 +8,7 @@ use super::{
     storage::Storage,
 };
 use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::{fmt, sync::Arc};
@@ -18,6 +19,8 @@ pub const REPOSITORY_VERSION: u32 = 1;
 const FORMAT: &str = "virt-fleece repository";
 const CONFIG: &str = "repository.json";
 const MAX_CONFIG: u64 = 16 << 10;
+/// Most key slots: each costs as much to try as it says.
+const MAX_SLOTS: usize = 64;
 
 /// `repository.json`: what has to be known before a key is there.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -28,16 +31,27 @@ struct Config {
     /// 16 random bytes, hex.
     id: String,
     chunk_size: u64,
-    created: Timestamp,
+    /// As it is written: the code must not depend on how another version of this program prints a time.
+    created: String,
     /// Keyed BLAKE3 over the other fields, hex.
     mac: String,
 }
 
 impl Config {
-    fn mac(&self, master: &MasterKey) -> String {
+    fn mac(&self, master: &MasterKey) -> blake3::Hash {
         let text = format!("{}\n{}\n{}\n{}\n{}\n", self.format, self.version, self.id, self.chunk_size, self.created);
-        blake3::keyed_hash(&master.derive("config"), text.as_bytes()).to_hex().to_string()
+        blake3::keyed_hash(&master.derive("config"), text.as_bytes())
     }
+
+    /// Whether it is what was written. Takes the same time whatever is wrong.
+    fn is_authentic(&self, master: &MasterKey) -> bool {
+        let bytes = key::unhex(&self.mac).and_then(|mac| <[u8; 32]>::try_from(mac).ok());
+        bytes.is_some_and(|mac| blake3::Hash::from_bytes(mac) == self.mac(master))
+    }
+}
+
+fn is_chunk_size(bytes: u64) -> bool {
+    bytes.is_power_of_two() && (MIN_CHUNK_SIZE..=MAX_CHUNK_SIZE).contains(&bytes)
 }
 
 /// An open repository.
@@ -64,7 +78,7 @@ impl fmt::Debug for Repository {
 impl Repository {
     /// Makes a repository in an empty place. The config is written last: its presence makes the repository.
     pub async fn init(storage: Storage, passphrase: Passphrase, chunk_size: u64) -> Result<Arc<Self>, RepositoryError> {
-        if !chunk_size.is_power_of_two() || !(MIN_CHUNK_SIZE..=MAX_CHUNK_SIZE).contains(&chunk_size) {
+        if !is_chunk_size(chunk_size) {
             return Err(RepositoryError::Invalid(format!(
                 "a chunk size is a power of two from {} KiB to {} MiB, not {chunk_size} bytes",
                 MIN_CHUNK_SIZE >> 10,
@@ -72,21 +86,22 @@ impl Repository {
             )));
         }
         let not_empty = |found: String| RepositoryError::NotEmpty { url: storage.url().to_owned(), found };
-        if let Some(object) = futures::TryStreamExt::try_next(&mut storage.list("")).await? {
+        if let Some(object) = storage.list("").try_next().await? {
             return Err(not_empty(object.name));
         }
         let mut id = [0; 16];
         key::random(&mut id)?;
         let master = MasterKey::generate()?;
+        let created = Timestamp::now();
         let mut config = Config {
             format: FORMAT.into(),
             version: REPOSITORY_VERSION,
             id: key::hex(&id),
             chunk_size,
-            created: Timestamp::now(),
+            created: created.to_string(),
             mac: String::new(),
         };
-        config.mac = config.mac(&master);
+        config.mac = config.mac(&master).to_hex().to_string();
         let slot = wrap(master.clone(), passphrase, String::new(), id).await?;
         storage.create(&slot_name(&slot.id), json(&slot)).await?;
         if !storage.create(CONFIG, json(&config)).await? {
@@ -94,7 +109,7 @@ impl Repository {
             storage.delete(&slot_name(&slot.id)).await?;
             return Err(not_empty(CONFIG.into()));
         }
-        Ok(Arc::new(Self::with_key(storage, id, &config, master)))
+        Ok(Arc::new(Self::with_key(storage, id, chunk_size, created, master)))
     }
 
     /// Opens a repository.
@@ -113,20 +128,25 @@ impl Repository {
         let config: Config = serde_json::from_slice(&config).map_err(|error| damaged(error.to_string()))?;
         let id = key::unhex(&config.id).and_then(|id| id.try_into().ok());
         let id: [u8; 16] = id.ok_or_else(|| damaged("its id is not 32 hex digits".into()))?;
+        // Before anything is done with them, though a right one is authentic: whoever has the key may write others.
+        if !is_chunk_size(config.chunk_size) {
+            return Err(damaged(format!("it claims chunks of {} bytes", config.chunk_size)));
+        }
+        let created = config.created.parse().map_err(|_| damaged("it does not say when it was made".into()))?;
         let master = unlock(&storage, passphrase, id).await?;
-        if config.mac(&master) != config.mac {
+        if !config.is_authentic(&master) {
             return Err(damaged("it was changed: its authentication code is wrong".into()));
         }
-        Ok(Arc::new(Self::with_key(storage, id, &config, master)))
+        Ok(Arc::new(Self::with_key(storage, id, config.chunk_size, created, master)))
     }
 
-    fn with_key(storage: Storage, id: [u8; 16], config: &Config, master: MasterKey) -> Self {
+    fn with_key(storage: Storage, id: [u8; 16], chunk_size: u64, created: Timestamp, master: MasterKey) -> Self {
         let sealer = |kind, purpose: &str| Sealer::new(kind, master.derive(purpose), id);
         Self {
             storage,
             id,
-            chunk_size: config.chunk_size,
-            created: config.created,
+            chunk_size,
+            created,
             ids: IdKey(master.derive("chunk id")),
             vm_tags: master.derive("vm tag"),
             chunks: sealer(ObjectKind::Chunk, "chunk"),
@@ -164,6 +184,11 @@ impl Repository {
 
     /// Adds a passphrase.
     pub async fn add_key(&self, passphrase: Passphrase, label: String) -> Result<KeySlot, RepositoryError> {
+        if self.storage.list_all("keys").await?.len() >= MAX_SLOTS {
+            return Err(RepositoryError::Invalid(format!(
+                "there are {MAX_SLOTS} key slots already, no more are possible"
+            )));
+        }
         let slot = wrap(self.master.clone(), passphrase, label, self.id).await?;
         self.storage.create(&slot_name(&slot.id), json(&slot)).await?;
         Ok(slot)
@@ -262,9 +287,19 @@ pub(super) fn json<T: Serialize>(document: &T) -> Bytes {
 }
 
 async fn slots(storage: &Storage) -> Result<Vec<KeySlot>, RepositoryError> {
+    let objects: Vec<_> = storage.list("keys").take(MAX_SLOTS + 1).try_collect().await?;
+    if objects.len() > MAX_SLOTS {
+        return Err(RepositoryError::damaged("keys", format!("there are more than {MAX_SLOTS} key slots")));
+    }
     let mut slots = Vec::new();
-    for object in storage.list_all("keys").await? {
-        let bytes = storage.require(&object.name, key::MAX_SLOT).await?;
+    for object in objects {
+        let bytes = match storage.get(&object.name, key::MAX_SLOT).await {
+            Ok(Some(bytes)) => bytes,
+            // Removed since it was listed.
+            Ok(None) => continue,
+            Err(RepositoryError::Damaged { .. }) => Bytes::new(),
+            Err(error) => return Err(error),
+        };
         match serde_json::from_slice::<KeySlot>(&bytes) {
             Ok(slot) if slot_name(&slot.id) == object.name => slots.push(slot),
             // One that is damaged must not keep the others from opening.

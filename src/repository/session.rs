@@ -9,7 +9,8 @@
 //!    those that may not have seen that;
 //! 3. a session that has seen the list does not rely on a condemned chunk, unless it *holds* it: it writes the hold
 //!    into its session object first, then looks whether the prune is deleting already. The prune says that it is
-//!    deleting first, then reads the holds. Whatever the order, one sees the other.
+//!    deleting first, then reads the holds. Whatever the order, one sees the other. The index of the backup that an
+//!    incremental one stands on is held in the same way.
 //!
 //! `docs/format.md` describes the protocol, `tests/it/repository_prune.rs` plays it out of order.
 
@@ -22,7 +23,6 @@ use super::{
     repository::{Repository, chunk_name},
 };
 use jiff::Timestamp;
-use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::HashSet,
@@ -53,6 +53,17 @@ pub(super) struct SessionObject {
     pub(super) started: Timestamp,
     /// Condemned chunks that it relies on.
     pub(super) holds: Vec<String>,
+    /// Indexes that it relies on with all that hangs on them, though their backups may be forgotten meanwhile.
+    #[serde(default)]
+    pub(super) bases: Vec<HeldIndex>,
+}
+
+/// The index of a volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct HeldIndex {
+    pub(super) root: String,
+    /// Bytes of the volume.
+    pub(super) size: u64,
 }
 
 /// A backup under way.
@@ -85,8 +96,13 @@ impl RepositorySession {
         let mut id = [0; 8];
         super::key::random(&mut id)?;
         let id = super::key::hex(&id);
-        let object =
-            SessionObject { id: id.clone(), process: Process::current(), started: Timestamp::now(), holds: Vec::new() };
+        let object = SessionObject {
+            id: id.clone(),
+            process: Process::current(),
+            started: Timestamp::now(),
+            holds: Vec::new(),
+            bases: Vec::new(),
+        };
         let inner = Arc::new(Inner {
             name: format!("sessions/{id}"),
             state: Mutex::new(State { object, plan: None, condemned: HashSet::new() }),
@@ -125,6 +141,12 @@ impl RepositorySession {
         Ok(Self { repository, inner, heartbeat })
     }
 
+    /// Name of its object.
+    #[cfg(test)]
+    pub(super) fn name(&self) -> &str {
+        &self.inner.name
+    }
+
     /// The repository.
     pub fn repository(&self) -> &Arc<Repository> {
         &self.repository
@@ -141,6 +163,36 @@ impl RepositorySession {
         }
         drop(state);
         Ok(!self.repository.storage().exists(&chunk_name(id)).await?)
+    }
+
+    /// The newest backup of a VM, to stand on.
+    pub async fn newest(&self, vm: &str) -> Result<Option<Manifest>, RepositoryError> {
+        loop {
+            let Some(newest) = self.repository.latest(vm).await? else { return Ok(None) };
+            if self.adopt(&newest).await? {
+                return Ok(Some(newest));
+            }
+        }
+    }
+
+    /// Relies on a backup that was found in this session: on everything that it names, should it be forgotten meanwhile.
+    /// `false`: it is gone already; look for another one.
+    ///
+    /// A prune whose list this session knows does not wait for it, and may have condemned chunks that this backup came
+    /// to need only later. So the indexes are held like single chunks are.
+    pub async fn adopt(&self, manifest: &Manifest) -> Result<bool, RepositoryError> {
+        let mut state = self.inner.state.lock().await;
+        if state.plan.is_none() {
+            // Every prune to come waits for this session.
+            return Ok(true);
+        }
+        let bases =
+            manifest.volumes.iter().map(|volume| HeldIndex { root: volume.root.clone(), size: volume.virtual_size });
+        state.object.bases = bases.collect();
+        if self.inner.announce(&self.repository, &mut state).await? {
+            return Ok(true);
+        }
+        self.repository.has_backup(&manifest.backup.vm, &manifest.backup.id).await
     }
 
     /// Commits a backup and ends the session. Every chunk that it names was found by [`Self::is_missing`] or sent.
@@ -180,6 +232,13 @@ impl RepositorySession {
     }
 }
 
+impl Drop for RepositorySession {
+    /// A session that nobody ends any more must not go on saying that it is alive.
+    fn drop(&mut self) {
+        self.heartbeat.abort();
+    }
+}
+
 impl Inner {
     /// Writes the session object. Only ever called with the newest state.
     async fn sign(&self, repository: &Repository) -> Result<(), RepositoryError> {
@@ -210,6 +269,16 @@ impl Inner {
     /// Holds a condemned chunk; `false`: the prune is over, and the chunk has to be looked for like any other.
     async fn hold(&self, repository: &Repository, state: &mut State, id: ChunkId) -> Result<bool, RepositoryError> {
         state.object.holds.push(id.to_hex());
+        let held = self.announce(repository, state).await?;
+        if held {
+            state.condemned.remove(&id);
+        }
+        Ok(held)
+    }
+
+    /// Writes what is held, then looks whether the prune respects it: `true`, it has not begun to delete, and will read
+    /// this first. `false`: it is over.
+    async fn announce(&self, repository: &Repository, state: &mut State) -> Result<bool, RepositoryError> {
         self.write(repository, state).await?;
         let begun = tokio::time::Instant::now();
         loop {
@@ -229,10 +298,7 @@ impl Inner {
                     }
                     tokio::time::sleep(Duration::from_secs(1)).await;
                 }
-                Some(_) => {
-                    state.condemned.remove(&id);
-                    return Ok(true);
-                }
+                Some(_) => return Ok(true),
             }
         }
     }
@@ -255,6 +321,16 @@ impl Repository {
     }
 }
 
-fn boot_seconds() -> i64 {
-    clock_gettime(ClockId::Boottime).tv_sec
+/// Seconds since boot, those included in which the machine slept.
+#[cfg(not(test))]
+pub(super) fn boot_seconds() -> i64 {
+    rustix::time::clock_gettime(rustix::time::ClockId::Boottime).tv_sec
+}
+
+/// The same by the clock that a test lets run.
+#[cfg(test)]
+pub(super) fn boot_seconds() -> i64 {
+    static BOOT: std::sync::LazyLock<std::time::Instant> = std::sync::LazyLock::new(std::time::Instant::now);
+    let boot = *BOOT;
+    tokio::time::Instant::now().into_std().saturating_duration_since(boot).as_secs().cast_signed() + 1
 }

@@ -40,6 +40,11 @@ impl Storage {
         &self.url
     }
 
+    /// The directory, when it is one.
+    pub fn directory(&self) -> Option<&std::path::Path> {
+        self.directory.as_deref()
+    }
+
     fn path(&self, name: &str) -> Path {
         // Names are made of hex digits, ids, `/` and `.` only.
         Path::from(if self.prefix.as_ref().is_empty() { name.to_owned() } else { format!("{}/{name}", self.prefix) })
@@ -54,6 +59,11 @@ impl Storage {
 
     /// Reads an object of at most `limit` bytes; `None` when it does not exist.
     pub async fn get(&self, name: &str, limit: u64) -> Result<Option<Bytes>, RepositoryError> {
+        Ok(self.get_with_version(name, limit).await?.map(|(content, _)| content))
+    }
+
+    /// Reads an object of at most `limit` bytes, and which version of it that is.
+    pub async fn get_with_version(&self, name: &str, limit: u64) -> Result<Option<(Bytes, Version)>, RepositoryError> {
         let got = match self.store.get(&self.path(name)).await {
             Ok(got) => got,
             Err(object_store::Error::NotFound { .. }) => return Ok(None),
@@ -63,7 +73,9 @@ impl Storage {
         if size > limit {
             return Err(RepositoryError::damaged(name, format!("it has {size} bytes, more than the {limit} allowed")));
         }
-        got.bytes().await.map(Some).map_err(RepositoryError::storage("read", name))
+        let version = Version { e_tag: got.meta.e_tag.clone(), version: got.meta.version.clone() };
+        let content = got.bytes().await.map_err(RepositoryError::storage("read", name))?;
+        Ok(Some((content, version)))
     }
 
     /// Reads an object that must exist.
@@ -77,6 +89,15 @@ impl Storage {
         match self.store.head(&self.path(name)).await {
             Ok(_) => Ok(true),
             Err(object_store::Error::NotFound { .. }) => Ok(false),
+            Err(error) => Err(RepositoryError::storage("look for", name)(error)),
+        }
+    }
+
+    /// When an object was written, by the clock of the storage; `None` when it does not exist.
+    pub async fn written(&self, name: &str) -> Result<Option<Timestamp>, RepositoryError> {
+        match self.store.head(&self.path(name)).await {
+            Ok(meta) => Ok(Some(time_of(&meta))),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
             Err(error) => Err(RepositoryError::storage("look for", name)(error)),
         }
     }
@@ -99,11 +120,51 @@ impl Storage {
 
     /// Writes an object durably unless it exists; whether it was written.
     pub async fn create(&self, name: &str, content: Bytes) -> Result<bool, RepositoryError> {
-        let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
-        match self.durable.put_opts(&self.path(name), PutPayload::from_bytes(content), options).await {
-            Ok(_) => Ok(true),
-            Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => Ok(false),
+        Ok(self.put_conditionally(name, content, PutMode::Create).await?.is_some())
+    }
+
+    /// Writes an object anew, durably, if it still is what `version` says; the new version, or `None` when somebody else
+    /// was faster. A directory has no versions: who writes there holds [`Storage::lock`].
+    pub async fn replace(
+        &self,
+        name: &str,
+        content: Bytes,
+        version: &Version,
+    ) -> Result<Option<Version>, RepositoryError> {
+        let mode = if self.directory.is_some() { PutMode::Overwrite } else { PutMode::Update(version.clone()) };
+        self.put_conditionally(name, content, mode).await
+    }
+
+    async fn put_conditionally(
+        &self,
+        name: &str,
+        content: Bytes,
+        mode: PutMode,
+    ) -> Result<Option<Version>, RepositoryError> {
+        let options = PutOptions { mode, ..PutOptions::default() };
+        let payload = PutPayload::from_bytes(content.clone());
+        match self.durable.put_opts(&self.path(name), payload, options).await {
+            Ok(written) => Ok(Some(written.into())),
+            Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
+                // Or we were faster: an answer that got lost is followed by a second try, which meets the first.
+                let found = self.get_with_version(name, content.len() as u64).await;
+                Ok(found.ok().flatten().filter(|(found, _)| *found == content).map(|(_, version)| version))
+            }
             Err(error) => Err(RepositoryError::storage("write", name)(error)),
+        }
+    }
+
+    /// In a directory: keeps every other process out that asks for the same lock, until the answer is dropped; `None`
+    /// when another one holds it. Elsewhere [`Storage::replace`] does.
+    pub fn lock(&self, name: &str) -> Result<Option<StorageLock>, RepositoryError> {
+        let Some(directory) = &self.directory else { return Ok(Some(StorageLock(None))) };
+        let local = RepositoryError::local("lock the repository");
+        let file = std::fs::OpenOptions::new().create(true).truncate(false).write(true).open(directory.join(name));
+        let file = file.map_err(local)?;
+        match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(StorageLock(Some(file)))),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+            Err(error) => Err(RepositoryError::local("lock the repository")(error.into())),
         }
     }
 
@@ -153,6 +214,13 @@ fn time_of(meta: &ObjectMeta) -> Timestamp {
     let nanoseconds = meta.last_modified.timestamp_nanos_opt().unwrap_or(0);
     Timestamp::from_nanosecond(nanoseconds.into()).unwrap_or(Timestamp::UNIX_EPOCH)
 }
+
+/// Which version of an object.
+pub(super) type Version = object_store::UpdateVersion;
+
+/// See [`Storage::lock`].
+#[derive(Debug)]
+pub struct StorageLock(#[allow(dead_code, reason = "held, and released when it is closed")] Option<std::fs::File>);
 
 /// An object in a list.
 #[derive(Debug, Clone)]

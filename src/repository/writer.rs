@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     extent::{ByteRange, Piece},
-    image::{ImageError, ImageSink, SinkError, SinkSummary},
+    image::{ForeignError, ImageError, ImageSink, SinkSummary},
 };
 use std::{
     collections::HashSet,
@@ -100,6 +100,16 @@ impl ChunkPipeline {
             ids.remove(&id);
         }
         sent.map(|()| id)
+    }
+
+    /// Stores content, as [`Self::store`] does.
+    #[cfg(test)]
+    pub(super) async fn store_plain(
+        self: &Arc<Self>,
+        content: Vec<u8>,
+        known: Option<ChunkId>,
+    ) -> Result<ChunkId, RepositoryError> {
+        self.store(content, known, &Counters::default()).await
     }
 
     async fn send_if_missing(
@@ -408,12 +418,12 @@ fn set(ids: &Mutex<Vec<ChunkId>>, chunk: u64, id: ChunkId) {
 
 impl ImageSink for VolumeWriter {
     fn write(&mut self, piece: Piece) -> Result<(), ImageError> {
-        self.take(piece).map_err(SinkError::new).map_err(ImageError::Sink)
+        self.take(piece).map_err(ForeignError::new).map_err(ImageError::Foreign)
     }
 
     /// All chunks are sent; they are durable, and the backup is one, only after
     /// [`RepositorySession::commit`].
     fn finish(mut self: Box<Self>) -> Result<SinkSummary, ImageError> {
-        self.complete().map_err(SinkError::new).map_err(ImageError::Sink)
+        self.complete().map_err(ForeignError::new).map_err(ImageError::Foreign)
     }
 }

@@ -6,10 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// What each folder may use besides itself and `reason`. A new folder has to be entered here.
 const MAY_USE: [(&str, &[&str]); 12] = [
-    (
-        "cli",
-        &["fleecing", "mover", "repository", "image", "nbd", "guest_agent", "qmp", "backup", "chain", "extent"],
-    ),
+    ("cli", &["fleecing", "mover", "repository", "image", "nbd", "guest_agent", "qmp", "backup", "chain", "extent"]),
     ("fleecing", &["image", "nbd", "guest_agent", "qmp", "chain", "extent"]),
     ("mover", &["image", "nbd", "guest_agent", "qmp", "chain", "extent"]),
     ("repository", &["image", "backup", "chain", "extent"]),

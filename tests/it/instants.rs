@@ -11,7 +11,10 @@ use std::time::Duration;
 /// exact instant of the guest's stream, between what was written before and after the backup.
 fn every_backup_is_an_instant(flavour: Flavour, engine: &str, options: &[&str]) {
     assert!(flavour.available(), "{flavour:?} is missing; run tests/bed/setup");
-    let scene = Scene::new(flavour, true);
+    every_backup_of_is_an_instant(&Scene::new(flavour, true), engine, options);
+}
+
+fn every_backup_of_is_an_instant(scene: &Scene, engine: &str, options: &[&str]) {
     let stream = stream(u64::from(scene.vm.pid()));
     let mut writer = scene.vm.writer();
     writer.start(&stream, 0, &crate::scene::VOLUMES);
@@ -37,8 +40,7 @@ fn every_backup_is_an_instant(flavour: Flavour, engine: &str, options: &[&str]) 
     let mut replay = Replay::new(&stream);
     for (report, before, after) in &points {
         let images = scene.restored(&id(report));
-        let found =
-            PointInTime::find_after(&images, &replay).unwrap_or_else(|error| panic!("{flavour:?}: {error}\n{report}"));
+        let found = PointInTime::find_after(&images, &replay).unwrap_or_else(|error| panic!("{error}\n{report}"));
         found.assert_between(before, after);
         replay.advance_all(&found.numbers());
     }
@@ -68,6 +70,18 @@ fn newest_qemu_by_filters() {
 #[test]
 fn allow_listed_qemu_by_jobs() {
     every_backup_is_an_instant(Flavour::Allowlist, "auto", &[]);
+}
+
+/// No filter drivers and no `on-cbw-error`, as up to KubeVirt 1.7: the fleece is read itself, and watched closely.
+#[test]
+fn old_allow_listed_qemu_by_jobs() {
+    assert!(Flavour::Qemu10.available(), "QEMU 10 is missing; run tests/bed/setup");
+    let scene = Scene::new(Flavour::Qemu10, true).without_filters();
+    every_backup_of_is_an_instant(&scene, "auto", &[]);
+    let refusals = scene.proxy.as_ref().map_or(0, crate::bed::proxy::QmpProxy::refusals);
+    assert!(refusals >= 8, "the proxy refused {refusals} drivers of two for each of four backups");
+    let filter = scene.backup().arg("--engine").arg("filter").run().failure();
+    assert!(filter.stderr.contains("not whitelisted"), "{}", filter.stderr);
 }
 
 /// Backups of a guest that never pauses, some of them killed at a random step or told to end in the middle. Every one

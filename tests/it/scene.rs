@@ -5,6 +5,7 @@ use crate::bed::{
     disk::{Bus, DiskSpec, Format},
     flavour::Flavour,
     oracle::Stream,
+    proxy::QmpProxy,
     vm::Vm,
 };
 use serde_json::Value;
@@ -20,6 +21,8 @@ pub(crate) const VOLUMES: [&str; 2] = ["root", "data"];
 pub(crate) struct Scene {
     pub(crate) vm: Vm,
     pub(crate) target: TempDir,
+    /// What the product speaks to instead of QEMU, if anything.
+    pub(crate) proxy: Option<QmpProxy>,
 }
 
 impl Scene {
@@ -30,7 +33,18 @@ impl Scene {
             .disk(DiskSpec::new(VOLUMES[1], SIZES[1]).bus(Bus::ScsiHd { iothread: true }).format(Format::Qcow2))
             .guest(guest)
             .start();
-        Self { vm, target: tempfile::tempdir().expect("a directory") }
+        Self::of(vm)
+    }
+
+    /// Any VM.
+    pub(crate) fn of(vm: Vm) -> Self {
+        Self { vm, target: tempfile::tempdir().expect("a directory"), proxy: None }
+    }
+
+    /// Without QEMU's filter drivers: what KubeVirt up to 1.7 runs, when the flavour is QEMU 10.
+    pub(crate) fn without_filters(mut self) -> Self {
+        self.proxy = Some(QmpProxy::start(&self.vm.qmp_socket()));
+        self
     }
 
     /// `virt-fleece backup` into the scene's own target.
@@ -55,7 +69,8 @@ impl Scene {
 
     /// The same with another fleece directory.
     pub(crate) fn command_in(&self, command: &str, fleece: &Path) -> Cli {
-        Cli::new([command, "--qmp"]).arg(self.vm.qmp_socket()).arg("--fleece-dir").arg(fleece)
+        let monitor = self.proxy.as_ref().map_or_else(|| self.vm.qmp_socket(), QmpProxy::socket);
+        Cli::new([command, "--qmp"]).arg(monitor).arg("--fleece-dir").arg(fleece)
     }
 
     /// Restores a backup; the bytes of its disks in the order of [`VOLUMES`].

@@ -6,6 +6,10 @@ pub(super) const CLUSTER_BITS: u32 = 16;
 /// Entries of an L2 table.
 pub(super) const L2_ENTRIES: u64 = CLUSTER / 8;
 pub(super) const MAGIC: u32 = 0x5146_49fb;
+/// The longest L1 table, in bytes, as in QEMU: a disk of 2 PiB. A sparse file could claim any.
+pub(super) const MAX_L1: u64 = 32 << 20;
+/// Bytes of the largest disk.
+pub const MAX_DISK: u64 = MAX_L1 / 8 * L2_ENTRIES * CLUSTER;
 /// Up to and with `refcount_order` and `header_length`.
 pub(super) const HEADER_V3: usize = 104;
 /// The compression type follows the fixed header, padded to 8 bytes.

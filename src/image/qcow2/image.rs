@@ -63,6 +63,7 @@ impl Qcow2Image {
             return damaged("it uses features of qcow2 that backups do not have");
         }
         if l1_entries != virtual_size.div_ceil(CLUSTER * L2_ENTRIES)
+            || l1_entries * 8 > MAX_L1
             || !l1_offset.is_multiple_of(CLUSTER)
             || l1_offset.checked_add(l1_entries * 8).is_none_or(|end| end > file_size)
         {
@@ -106,6 +107,15 @@ impl Qcow2Image {
     /// The image below, as the header names it.
     pub fn backing(&self) -> Option<&str> {
         self.backing.as_deref()
+    }
+
+    /// How many clusters from this one on are in no table, so that nothing of them is in this image.
+    pub(super) fn gap(&self, number: u64) -> u64 {
+        match usize::try_from(number / L2_ENTRIES).ok().and_then(|index| self.l1.get(index)) {
+            None => u64::MAX,
+            Some(entry) if entry & OFFSET_MASK == 0 => L2_ENTRIES - number % L2_ENTRIES,
+            Some(_) => 0,
+        }
     }
 
     /// Where the cluster with this number is; [`Cluster::Unallocated`] behind the end.

@@ -9,6 +9,6 @@ mod image;
 mod writer;
 
 pub use chain::ChainReader;
-pub use format::CLUSTER;
+pub use format::{CLUSTER, MAX_DISK};
 pub use image::{Cluster, Qcow2Image};
 pub use writer::{Qcow2Options, Qcow2Writer};

@@ -7,7 +7,7 @@ use super::{
     rpc::Procedure,
     xdr::{Encoder, XdrError},
 };
-use crate::qmp::QmpError;
+use crate::qmp::{QmpError, codec};
 use serde::de::Error as _;
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -63,7 +63,7 @@ impl LibvirtMonitor {
             .decode(AGENT_COMMAND, &answer, |decoder| decoder.optional(|d| d.string(MAX_STRING).map(str::to_owned)))?;
         let decode = |source| QmpError::Decode { command: name.to_owned(), source };
         // Commands that the agent does not answer (guest-shutdown) have no reply at all.
-        let mut reply: Value = serde_json::from_str(reply.as_deref().unwrap_or("{}")).map_err(decode)?;
+        let mut reply = codec::parse(reply.as_deref().unwrap_or("{}")).map_err(decode)?;
         reply.get_mut("return").map(Value::take).ok_or_else(|| decode(serde_json::Error::custom("no return")))
     }
 

@@ -6,7 +6,10 @@
 //! message, each on one byte of its own (`virNetSocketSendFD`).
 
 use super::xdr::{Decoder, Encoder, XdrError};
-use crate::qmp::{ErrorClass, QmpError};
+use crate::{
+    qmp::{ErrorClass, QmpError},
+    reason::printable,
+};
 
 /// The program with libvirt's public API (`remote_protocol.x`).
 pub const REMOTE_PROGRAM: u32 = 0x2000_8086;
@@ -241,8 +244,8 @@ pub fn encode_message(header: Header, fds: u32, payload: &[u8]) -> Result<Vec<u8
 fn decode_error(mut decoder: Decoder<'_>) -> Result<LibvirtError, XdrError> {
     let (code, domain) = (decoder.i32()?, decoder.i32()?);
     let message = decoder.optional(|d| d.string(MAX_STRING))?.unwrap_or("no text");
-    // Errors end up in logs: a long one (libvirt quotes QEMU's stderr) is cut, and control characters stay out.
-    let message = message.chars().take(2000).map(|c| if c.is_control() { ' ' } else { c }).collect();
+    // libvirt quotes QEMU's stderr.
+    let message = printable(message, 2000);
     Ok(LibvirtError { code, domain, message })
 }
 

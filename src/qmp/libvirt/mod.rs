@@ -9,6 +9,9 @@
 mod agent;
 mod connection;
 mod domain;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod message;
 mod monitor;
 mod rpc;

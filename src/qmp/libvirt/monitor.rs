@@ -7,7 +7,10 @@ use super::{
     rpc::{CallError, Procedure},
     xdr::Encoder,
 };
-use crate::qmp::{ErrorClass, Monitor, QmpError};
+use crate::{
+    qmp::{ErrorClass, Monitor, QmpError, codec},
+    reason::printable,
+};
 use futures::{FutureExt, future::BoxFuture};
 use serde::de::Error as _;
 use serde_json::Value;
@@ -192,15 +195,15 @@ fn not_run(name: &str, error: LibvirtError) -> QmpError {
 }
 
 /// Reads QEMU's reply. libvirt passes it on as it came, errors too (`qemuMonitorJSONArbitraryCommand` does not look).
-fn decode_reply(name: &str, reply: &str) -> Result<Value, QmpError> {
+pub(super) fn decode_reply(name: &str, reply: &str) -> Result<Value, QmpError> {
     let decode = |source| QmpError::Decode { command: name.to_owned(), source };
-    let mut reply: Value = serde_json::from_str(reply).map_err(decode)?;
+    let mut reply = codec::parse(reply).map_err(decode)?;
     if let Some(error) = reply.get("error") {
-        let text = |key: &str| error.get(key).and_then(Value::as_str).unwrap_or("(no text)");
+        let text = |key: &str| printable(error.get(key).and_then(Value::as_str).unwrap_or("(no text)"), 2000);
         return Err(QmpError::Refused {
             command: name.to_owned(),
-            class: ErrorClass::from_wire(text("class")),
-            description: text("desc").chars().take(2000).collect(),
+            class: ErrorClass::from_wire(&text("class")),
+            description: text("desc"),
         });
     }
     let value = reply.get_mut("return").map(Value::take);

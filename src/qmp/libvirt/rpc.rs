@@ -22,7 +22,7 @@ use std::{
     time::Duration,
 };
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, Interest},
+    io::{AsyncRead, AsyncReadExt, AsyncWriteExt, Interest},
     net::{
         UnixStream,
         unix::{OwnedReadHalf, OwnedWriteHalf},
@@ -36,6 +36,8 @@ use tokio::{
 /// ping that nobody answers ends the connection after half a minute, and the answer costs nothing.
 const PING: i32 = 1;
 const PONG: i32 = 2;
+/// Answers to pings that may wait for a daemon that pings and does not read; more pings go unanswered.
+const MAX_PONGS: usize = 16;
 
 /// A procedure of one of libvirt's programs.
 #[derive(Debug, Clone, Copy)]
@@ -95,6 +97,7 @@ pub(super) struct RpcClient {
 struct Outgoing {
     bytes: Vec<u8>,
     fds: Vec<OwnedFd>,
+    is_pong: bool,
 }
 
 /// Who waits for an answer.
@@ -104,12 +107,27 @@ struct Pending(Mutex<PendingCalls>);
 #[derive(Debug, Default)]
 struct PendingCalls {
     calls: HashMap<u32, oneshot::Sender<Answer>>,
+    /// Answers to pings that are not written yet.
+    pongs: usize,
     ended: Option<End>,
+}
+
+/// A call that waits for its answer, until it is dropped.
+#[derive(Debug)]
+struct Waiting<'a> {
+    pending: &'a Pending,
+    serial: u32,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.pending.lock().calls.remove(&self.serial);
+    }
 }
 
 /// How a connection ended.
 #[derive(Debug, Clone)]
-enum End {
+pub(super) enum End {
     Closed,
     Io(io::ErrorKind, String),
     Protocol(String),
@@ -152,14 +170,11 @@ impl RpcClient {
         fds: Vec<OwnedFd>,
         limit: Duration,
     ) -> Result<Vec<u8>, CallError> {
-        let (serial, receiver) = self.send(procedure, &payload, fds)?;
+        let (_waiting, receiver) = self.send(procedure, &payload, fds)?;
         match timeout(limit, receiver).await {
             Ok(Ok(answer)) => answer.map_err(CallError::Libvirt),
             Ok(Err(_)) => Err(CallError::Transport(self.ended())),
-            Err(_) => {
-                self.pending.lock().calls.remove(&serial);
-                Err(CallError::Transport(QmpError::Timeout { command: procedure.name.to_owned(), limit }))
-            }
+            Err(_) => Err(CallError::Transport(QmpError::Timeout { command: procedure.name.to_owned(), limit })),
         }
     }
 
@@ -174,7 +189,7 @@ impl RpcClient {
         procedure: Procedure,
         payload: &[u8],
         fds: Vec<OwnedFd>,
-    ) -> Result<(u32, oneshot::Receiver<Answer>), CallError> {
+    ) -> Result<(Waiting<'_>, oneshot::Receiver<Answer>), CallError> {
         let (sender, receiver) = oneshot::channel();
         // Zero is the events' serial. After 2^32 calls a serial comes again; its first call is long over.
         let serial = loop {
@@ -200,8 +215,10 @@ impl RpcClient {
             }
             pending.calls.insert(serial, sender);
         }
-        self.outgoing.send(Outgoing { bytes, fds }).map_err(|_| CallError::Transport(self.ended()))?;
-        Ok((serial, receiver))
+        let waiting = Waiting { pending: &self.pending, serial };
+        let message = Outgoing { bytes, fds, is_pong: false };
+        self.outgoing.send(message).map_err(|_| CallError::Transport(self.ended()))?;
+        Ok((waiting, receiver))
     }
 
     /// The error for what does not fit into a message. Nothing was sent.
@@ -266,6 +283,9 @@ async fn write_all(mut socket: OwnedWriteHalf, mut queue: mpsc::UnboundedReceive
             pending.end(End::from(error));
             return;
         }
+        if message.is_pong {
+            pending.lock().pongs -= 1;
+        }
     }
 }
 
@@ -320,9 +340,11 @@ fn handle(message: Message<'_>, outgoing: &mpsc::WeakUnboundedSender<Outgoing>, 
         ),
         Kind::Event if header.program == KEEPALIVE_PROGRAM && header.procedure == PING => {
             let pong = encode_message(Header { procedure: PONG, ..header }, 0, &[]);
-            if let (Ok(bytes), Some(outgoing)) = (pong, outgoing.upgrade()) {
+            let mut pending = pending.lock();
+            if let (Ok(bytes), Some(outgoing), true) = (pong, outgoing.upgrade(), pending.pongs < MAX_PONGS) {
+                pending.pongs += 1;
                 // A writer that has ended has told everybody.
-                let _ = outgoing.send(Outgoing { bytes, fds: Vec::new() });
+                let _ = outgoing.send(Outgoing { bytes, fds: Vec::new(), is_pong: true });
             }
         }
         // Events that this client did not ask for; streams that it did not open; calls, which only it may make.
@@ -331,7 +353,7 @@ fn handle(message: Message<'_>, outgoing: &mpsc::WeakUnboundedSender<Outgoing>, 
 }
 
 /// Reads one whole message. Its memory grows with what arrives, not with what the length word says.
-async fn read_message(socket: &mut OwnedReadHalf) -> Result<Vec<u8>, End> {
+pub(super) async fn read_message(socket: &mut (impl AsyncRead + Unpin)) -> Result<Vec<u8>, End> {
     let mut word = [0; 4];
     socket.read_exact(&mut word).await?;
     let length = body_length(word).map_err(|error| End::Protocol(error.to_string()))?;
@@ -403,6 +425,31 @@ mod tests {
         send(&mut daemon, event, b"an event").await;
         send(&mut daemon, ping, &[]).await;
         assert_eq!(receive(&mut daemon).await, (Header { procedure: PONG, ..ping }, Vec::new()));
+    }
+
+    #[tokio::test]
+    async fn a_daemon_that_pings_and_does_not_read_costs_no_memory() {
+        let (client, mut daemon) = pair();
+        let header = Header { program: KEEPALIVE_PROGRAM, version: 1, procedure: PING, kind: Kind::Event, serial: 0 };
+        // Far more answers than the socket's buffers hold.
+        for _ in 0..200_000 {
+            send(&mut daemon, header, &[]).await;
+        }
+        // What was sent before is handled once the call behind it is answered.
+        let call = client.call(PROCEDURE, Vec::new(), Vec::new(), LIMIT);
+        let answer = Header { program: REMOTE_PROGRAM, kind: Kind::Reply, serial: 1, ..header };
+        let (answer, ()) = tokio::join!(call, send(&mut daemon, answer, b"good"));
+        assert_eq!(answer.unwrap(), b"good");
+        assert_eq!(client.pending.lock().pongs, MAX_PONGS);
+    }
+
+    #[tokio::test]
+    async fn a_call_that_is_dropped_waits_no_longer() {
+        let (client, _daemon) = pair();
+        let call = client.call(PROCEDURE, Vec::new(), Vec::new(), LIMIT);
+        assert!(futures::FutureExt::now_or_never(call).is_none());
+        client.send_and_forget(PROCEDURE);
+        assert!(client.pending.lock().calls.is_empty());
     }
 
     #[tokio::test]

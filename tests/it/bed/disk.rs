@@ -23,6 +23,11 @@ pub(crate) enum Bus {
     },
     /// A port of the AHCI controller that machine type `q35` has.
     Ide,
+    /// A flash chip of the machine; the volume is to be named `pflash<unit>`, as the product names it.
+    Pflash {
+        /// Which: 0 holds the firmware, 1 its variables.
+        unit: u8,
+    },
 }
 
 /// Format of the image.
@@ -53,6 +58,16 @@ pub(crate) struct DiskSpec {
     pub(crate) stop_on_error: bool,
     /// Where the image is; the VM's own directory when `None`.
     pub(crate) directory: Option<PathBuf>,
+    /// The image's file name; `<volume>.<format>` when `None`.
+    pub(crate) file_name: Option<String>,
+    /// The block device that is the disk, instead of a file.
+    pub(crate) block_device: Option<PathBuf>,
+    /// Name of the node that holds the image; libvirt's style when `None`.
+    pub(crate) node: Option<String>,
+    /// Whether there is a copy-on-read filter, above the throttle filter if that is there too.
+    pub(crate) copy_on_read: bool,
+    /// Whether QEMU opens it to read only.
+    pub(crate) read_only: bool,
 }
 
 impl DiskSpec {
@@ -67,6 +82,11 @@ impl DiskSpec {
             throttle: None,
             stop_on_error: true,
             directory: None,
+            file_name: None,
+            block_device: None,
+            node: None,
+            copy_on_read: false,
+            read_only: false,
         }
     }
 
@@ -105,6 +125,36 @@ impl DiskSpec {
         self.directory = Some(directory.to_owned());
         self
     }
+
+    /// With its image in a file of this name.
+    pub(crate) fn file_named(mut self, name: &str) -> Self {
+        self.file_name = Some(name.to_owned());
+        self
+    }
+
+    /// On this block device, whose size must be the disk's.
+    pub(crate) fn on_block_device(mut self, device: &Path) -> Self {
+        self.block_device = Some(device.to_owned());
+        self
+    }
+
+    /// With this name for the node that holds the image.
+    pub(crate) fn node_named(mut self, name: &str) -> Self {
+        self.node = Some(name.to_owned());
+        self
+    }
+
+    /// With a copy-on-read filter on top.
+    pub(crate) fn copy_on_read(mut self) -> Self {
+        self.copy_on_read = true;
+        self
+    }
+
+    /// Opened to read only.
+    pub(crate) fn read_only(mut self) -> Self {
+        self.read_only = true;
+        self
+    }
 }
 
 /// A disk of a VM.
@@ -122,7 +172,9 @@ impl Disk {
     /// Makes the image, unless it is there, in the given directory if the specification names none.
     pub(crate) fn create(spec: &DiskSpec, index: usize, directory: &Path) -> Self {
         let suffix = if spec.format == Format::Raw { "raw" } else { "qcow2" };
-        let path = spec.directory.as_deref().unwrap_or(directory).join(format!("{}.{suffix}", spec.volume));
+        let name = spec.file_name.clone().unwrap_or_else(|| format!("{}.{suffix}", spec.volume));
+        let file = spec.directory.as_deref().unwrap_or(directory).join(name);
+        let path = spec.block_device.clone().unwrap_or(file);
         if !path.exists() {
             match spec.format {
                 Format::Raw => File::create(&path).and_then(|file| file.set_len(spec.size)).expect("making an image"),
@@ -138,17 +190,38 @@ impl Disk {
 
     /// The node that bitmaps live on.
     pub(crate) fn format_node(&self) -> String {
-        match self.spec.format {
-            Format::Raw => format!("libvirt-{}-storage", self.index),
-            Format::Qcow2 => format!("libvirt-{}-format", self.index),
+        match (&self.spec.node, self.spec.format) {
+            (Some(node), _) => node.clone(),
+            (None, Format::Raw) => format!("libvirt-{}-storage", self.index),
+            (None, Format::Qcow2) => format!("libvirt-{}-format", self.index),
+        }
+    }
+
+    /// The node under the copy-on-read filter.
+    fn limited_node(&self) -> String {
+        match self.spec.throttle {
+            Some(_) => format!("libvirt-{}-filter", self.index),
+            None => self.format_node(),
         }
     }
 
     /// The node under the device.
     pub(crate) fn top_node(&self) -> String {
-        match self.spec.throttle {
-            Some(_) => format!("libvirt-{}-filter", self.index),
-            None => self.format_node(),
+        if self.spec.copy_on_read { format!("CoR-{}", self.spec.volume) } else { self.limited_node() }
+    }
+
+    /// All nodes, from the top.
+    pub(crate) fn nodes(&self) -> Vec<String> {
+        let mut nodes = vec![self.top_node(), self.limited_node(), self.format_node(), self.storage_node()];
+        nodes.dedup();
+        nodes
+    }
+
+    /// The protocol node.
+    fn storage_node(&self) -> String {
+        match self.spec.format {
+            Format::Raw => self.format_node(),
+            Format::Qcow2 => format!("libvirt-{}-storage", self.index),
         }
     }
 
@@ -158,24 +231,26 @@ impl Disk {
         Some(match self.spec.bus {
             Bus::VirtioBlk { .. } => format!("/machine/peripheral/{id}/virtio-backend"),
             Bus::ScsiHd { .. } | Bus::Ide => id.to_owned(),
+            Bus::Pflash { unit } => format!("/machine/system.flash{unit}"),
         })
     }
 
     /// QEMU's arguments for the nodes and the device.
     pub(crate) fn arguments(&self) -> Vec<String> {
-        let storage = format!("libvirt-{}-storage", self.index);
+        let storage = self.storage_node();
+        let driver = if self.spec.block_device.is_some() { "host_device" } else { "file" };
         let mut arguments = Vec::new();
         let mut add = |option: &str, value: &Value| arguments.extend([option.to_owned(), value.to_string()]);
         add(
             "-blockdev",
-            &json!({"driver": "file", "filename": self.path, "node-name": storage, "read-only": false,
+            &json!({"driver": driver, "filename": self.path, "node-name": storage, "read-only": self.spec.read_only,
                 "discard": "unmap", "cache": {"direct": false, "no-flush": false}}),
         );
         if self.spec.format == Format::Qcow2 {
             add(
                 "-blockdev",
-                &json!({"driver": "qcow2", "file": storage, "node-name": self.format_node(), "read-only": false,
-                    "discard": "unmap", "cache": {"direct": false, "no-flush": false}}),
+                &json!({"driver": "qcow2", "file": storage, "node-name": self.format_node(),
+                    "read-only": self.spec.read_only, "discard": "unmap", "cache": {"direct": false, "no-flush": false}}),
             );
         }
         if let Some(limit) = self.spec.throttle {
@@ -183,11 +258,20 @@ impl Disk {
             add("-object", &json!({"qom-type": "throttle-group", "id": group, "limits": {"bps-total": limit}}));
             add(
                 "-blockdev",
-                &json!({"driver": "throttle", "node-name": self.top_node(), "throttle-group": group,
+                &json!({"driver": "throttle", "node-name": self.limited_node(), "throttle-group": group,
                     "file": self.format_node()}),
             );
         }
-        add("-device", &self.device_properties());
+        if self.spec.copy_on_read {
+            add(
+                "-blockdev",
+                &json!({"driver": "copy-on-read", "node-name": self.top_node(), "file": self.limited_node()}),
+            );
+        }
+        // The machine has its flash chips itself and takes the nodes as options of its own.
+        if !matches!(self.spec.bus, Bus::Pflash { .. }) {
+            add("-device", &self.device_properties());
+        }
         arguments
     }
 
@@ -217,6 +301,7 @@ impl Disk {
                 device["driver"] = json!("ide-hd");
                 device["bus"] = json!(format!("ide.{}", self.index % 6));
             }
+            Bus::Pflash { .. } => unreachable!("no -device"),
         }
         device
     }

@@ -3,6 +3,7 @@
 //! binary.
 #![allow(dead_code, reason = "a test bed offers more than the tests of the day take")]
 
+pub(crate) mod agent;
 mod backing;
 pub(crate) mod cli;
 pub(crate) mod control;
@@ -12,7 +13,8 @@ pub(crate) mod flavour;
 mod fuse;
 pub(crate) mod oracle;
 pub(crate) mod point_in_time;
-mod process;
+pub(crate) mod process;
+pub(crate) mod proxy;
 pub(crate) mod s3;
 pub(crate) mod s3_proxy;
 pub(crate) mod vm;

@@ -120,7 +120,11 @@ impl VmBuilder {
         let mut line = Vec::new();
         let mut add = |option: &str, value: String| line.extend([option.to_owned(), value]);
         add("-name", "vf-test".to_owned());
-        add("-machine", self.machine.clone());
+        let flash = disks.iter().filter_map(|disk| match disk.spec.bus {
+            Bus::Pflash { unit } => Some(format!(",pflash{unit}={}", disk.top_node())),
+            _ => None,
+        });
+        add("-machine", self.machine.clone() + &flash.collect::<String>());
         add("-accel", "tcg".to_owned());
         add("-m", "256".to_owned());
         add("-display", "none".to_owned());
@@ -225,11 +229,50 @@ impl Vm {
         disks.find(|disk| disk.spec.volume == volume).unwrap_or_else(|| panic!("no disk {volume}"))
     }
 
-    /// Runs a `qemu-io` command, say `write -P 0x5a 0 64k`, as if the device of this disk did it.
+    /// Runs a `qemu-io` command, say `write -P 0x5a 0 64k`, as if the device of this disk did it; it must succeed.
     pub(crate) fn io(&self, control: &mut Control, volume: &str, command: &str) {
         let device = self.disk(volume).device().expect("a device with an id");
+        let log = || fs::read(self.directory.path().join("qemu.log")).expect("the log");
+        let before = log().len();
         let printed = control.human(&format!("qemu-io -d {device} \"{command}\""));
         assert!(printed.trim().is_empty(), "{command} on {volume}: {printed}");
+        // Errors of the command itself are printed on standard output, a line at once, and never reach the monitor.
+        let log = log();
+        let printed = String::from_utf8_lossy(&log[before..]);
+        assert!(!printed.contains("failed"), "{command} on {volume}: {printed}");
+        assert!(!command.starts_with("write") || printed.contains("wrote"), "{command} on {volume} says nothing");
+    }
+
+    /// Plugs a disk in while the VM runs.
+    pub(crate) fn plug(&mut self, control: &mut Control, spec: &DiskSpec) {
+        let disk = Disk::create(spec, self.disks.len() + 1, self.directory.path());
+        for argument in disk.arguments().chunks(2) {
+            let command = match argument[0].as_str() {
+                "-blockdev" => "blockdev-add",
+                "-object" => "object-add",
+                _ => "device_add",
+            };
+            control.run(command, &serde_json::from_str(&argument[1]).expect("the arguments are JSON"));
+        }
+        self.disks.push(disk);
+    }
+
+    /// Takes the device of a disk away; its nodes stay.
+    pub(crate) fn unplug(&self, control: &mut Control, volume: &str) {
+        let id = self.disk(volume).spec.qdev.clone().expect("a device with an id");
+        control.run("device_del", &json!({"id": id}));
+        let deleted = control.wait_event("DEVICE_DELETED", Duration::from_secs(30));
+        assert!(deleted.is_some(), "{volume} stays plugged in");
+    }
+
+    /// Removes the nodes of a disk whose device is gone.
+    pub(crate) fn forget(&mut self, control: &mut Control, volume: &str) {
+        for node in self.disk(volume).nodes() {
+            control.run("blockdev-del", &json!({"node-name": node}));
+        }
+        // The place stays taken: the places of the others are in their names.
+        let disk = self.disks.iter_mut().find(|disk| disk.spec.volume == volume).expect("a disk");
+        disk.spec.volume = format!("{volume} (gone)");
     }
 
     /// QEMU's process id.
