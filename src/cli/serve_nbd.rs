@@ -3,7 +3,7 @@
 use super::{
     CliError,
     output::Output,
-    repository_args::{AccessArgs, REPOSITORY_HELP},
+    repository_args::{REPOSITORY_HELP, RepositoryArgs},
     size::parse_size,
 };
 use crate::{
@@ -27,12 +27,10 @@ const REMEMBERED: usize = 4096;
 const END_LIMIT: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Args)]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = format!("{EXAMPLES}\n\n{REPOSITORY_HELP}"))]
 pub(super) struct ServeArgs {
-    #[arg(long, value_name = "URL", help = "The repository", long_help = REPOSITORY_HELP)]
-    repository: String,
     #[command(flatten)]
-    access: AccessArgs,
+    repository: RepositoryArgs,
     /// The VM; can be left out when there is only one, or --backup names an id
     #[arg(long, value_name = "NAME")]
     vm: Option<String>,
@@ -101,7 +99,7 @@ pub(super) async fn run(args: ServeArgs) -> Result<ExitCode, CliError> {
     // From here on a signal ends it in order.
     let mut signal = std::pin::pin!(super::backup_run::signal());
     let repository = tokio::select! {
-        repository = args.access.open(&args.repository) => repository?,
+        repository = args.repository.open() => repository?,
         _ = &mut signal => return Err(RepositoryError::Interrupted.into()),
     };
     let session = protect(&repository).await?;

@@ -360,6 +360,28 @@ fn a_guest_boots_on_an_overlay_over_the_served_volume() {
 }
 
 #[test]
+fn a_prune_leaves_what_is_served() {
+    let stored = Stored::new(SIZE);
+    let chunks = || run(Command::new("find").arg(stored.repository().join("chunks")).args(["-type", "f"])).stdout.len();
+    let all = chunks();
+    let server = Server::start(&stored, &["-o", "json"]);
+    let backup = server.ready["backup"].as_str().expect("an id").to_owned();
+    let command = |arguments: &[&str]| {
+        let command = Cli::new(arguments).arg("--repository").arg(stored.repository());
+        command.env("VIRT_FLEECE_PASSPHRASE", served::PASSPHRASE).run().success()
+    };
+    command(&["forget", "--vm", "web", "--backup", &backup]);
+    command(&["repository", "prune", "--wait", "1"]);
+    assert_eq!(chunks(), all, "the server reads them");
+    let mut client = Client::connect(&server.socket, true);
+    assert!(client.read(0, 12 << 20, false).as_deref() == Ok(&stored.content[..12 << 20]));
+    client.leave();
+    server.stop();
+    command(&["repository", "prune", "--wait", "1"]);
+    assert_eq!(chunks(), 0);
+}
+
+#[test]
 fn a_repository_that_cannot_be_written_is_served_too() {
     let stored = Stored::new(1 << 20);
     // Root may write whatever the mode says; a file where the directory ought to be stops it as well.
