@@ -326,6 +326,16 @@ fn what_is_not_there_is_said() {
 
 #[test]
 fn a_guest_boots_on_an_overlay_over_the_served_volume() {
+    guest_on_an_overlay(Flavour::Qemu10);
+}
+
+#[test]
+fn a_guest_of_the_allow_listed_qemu_boots_on_an_overlay_too() {
+    guest_on_an_overlay(Flavour::Allowlist);
+}
+
+/// The guest reads the served volume through the overlay, and what it writes stays there.
+fn guest_on_an_overlay(flavour: Flavour) {
     let stored = Stored::new(SIZE);
     let server = Server::start(&stored, &["--cache", "8M"]);
     let overlay = stored.directory.path().join("data.qcow2");
@@ -333,7 +343,7 @@ fn a_guest_boots_on_an_overlay_over_the_served_volume() {
     qemu_img(&["create", "-q", "-f", "qcow2", "-F", "raw", "-b", &server.uri, path]);
 
     let disk = DiskSpec::new("data", SIZE).format(Format::Qcow2).in_directory(stored.directory.path());
-    let mut vm = Vm::builder(Flavour::Qemu10).disk(disk.bus(Bus::VirtioBlk { iothread: true })).start();
+    let mut vm = Vm::builder(flavour).disk(disk.bus(Bus::VirtioBlk { iothread: true })).start();
     let mut guest = vm.writer();
     assert_eq!(guest.size("data"), SIZE);
     let mut expected = stored.content.clone();
