@@ -4,6 +4,7 @@ use crate::{
     fleecing::SessionError,
     image::ImageError,
     mover::PullError,
+    nbd::ServeError,
     qmp::QmpError,
     reason::{Reason, Retry},
     repository::RepositoryError,
@@ -36,6 +37,9 @@ pub enum CliError {
     /// A repository failed.
     #[error(transparent)]
     Repository(#[from] RepositoryError),
+    /// A volume cannot be served.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
     /// The target takes nothing any more.
     #[error(
         "the target took no data for {seconds} seconds; see whether it is reachable and has space (--stall-timeout)"
@@ -72,7 +76,7 @@ impl CliError {
             Self::Repository(
                 RepositoryError::BadUrl { .. } | RepositoryError::Invalid(_) | RepositoryError::WrongPassphrase { .. },
             ) => 2,
-            Self::Image(_) | Self::Repository(_) => 6,
+            Self::Image(_) | Self::Repository(_) | Self::Serve(_) => 6,
             Self::Signal { code, .. } => *code,
             _ => 4,
         }
@@ -87,6 +91,7 @@ impl Reason for CliError {
             Self::Volume { source, .. } => source.reason(),
             Self::Target(error) | Self::Image(error) => error.reason(),
             Self::Repository(error) => error.reason(),
+            Self::Serve(error) => error.reason(),
             Self::Stalled { .. } => "TargetStalled",
             Self::GuestAgent(error) => error.reason(),
             Self::Signal { .. } => "Cancelled",
@@ -99,6 +104,7 @@ impl Reason for CliError {
             Self::Unreachable(error) => error.retry(),
             Self::Session(error) => error.retry(),
             Self::Repository(error) => error.retry(),
+            Self::Serve(error) => error.retry(),
             Self::Usage(_) => Retry::Terminal,
             _ => Retry::Backoff,
         }

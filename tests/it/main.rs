@@ -24,6 +24,7 @@ mod repository_format;
 mod repository_scene;
 mod s3_bed;
 mod scene;
+mod serve_nbd;
 mod seeds;
 mod smoke;
 mod store;
