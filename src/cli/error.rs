@@ -68,12 +68,12 @@ impl CliError {
     /// The exit code.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Usage(_) => 2,
             Self::Unreachable(_) => 3,
             Self::Image(ImageError::Interrupted) | Self::Repository(RepositoryError::Interrupted) => 130,
             Self::Image(error) if error.is_integrity() => 5,
             Self::Repository(error) if error.is_integrity() => 5,
-            Self::Repository(
+            Self::Usage(_)
+            | Self::Repository(
                 RepositoryError::BadUrl { .. } | RepositoryError::Invalid(_) | RepositoryError::WrongPassphrase { .. },
             ) => 2,
             Self::Image(_) | Self::Repository(_) | Self::Serve(_) => 6,

@@ -24,7 +24,7 @@ mod repository_format;
 mod repository_scene;
 mod s3_bed;
 mod scene;
-mod serve_nbd;
 mod seeds;
+mod serve_nbd;
 mod smoke;
 mod store;
