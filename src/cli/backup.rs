@@ -59,6 +59,9 @@ pub(super) struct BackupArgs {
     /// Read at most this much a second, such as 50MiB/s
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub(super) bandwidth_limit: Option<u64>,
+    /// Processor priority of reading, hashing and compressing: 0 as usual, 19 last
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(i32).range(0..=19))]
+    pub(super) nice: i32,
     /// Give up when the target takes no data for this many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 300)]
     pub(super) stall_timeout: u64,

@@ -252,6 +252,10 @@ async fn copy(
     unit: u64,
 ) -> Result<Vec<PullSummary>, CliError> {
     session.export().await?;
+    // Not before: the cut must not wait for a processor.
+    if args.nice > 0 {
+        super::priority::lower(args.nice);
+    }
     let session = &*session;
     let progress: Vec<Arc<PullProgress>> = sinks.iter().map(|_| Arc::default()).collect();
     let bandwidth = args.bandwidth_limit.map(|rate| Arc::new(Bandwidth::new(rate)));

@@ -10,6 +10,7 @@ mod forget_plan;
 mod inspect;
 mod list;
 mod output;
+mod priority;
 mod progress;
 mod prune;
 mod recover;
