@@ -20,7 +20,8 @@ use std::process::ExitCode;
 #[command(after_help = "\
 The first backup of a VM is a full one, later ones read and store what changed. Where the dirty bitmaps cannot be trusted
 (QEMU was restarted, the disk is new, …) the volume is read as a whole and the reason is on record; a repository then
-still stores only what is new.
+still stores only what is new. `--type full` also looks for every chunk in the repository and sends again what got lost
+there.
 
 A backup that is cut short, even by SIGKILL, leaves nothing that looks like a backup. The next one cleans up behind it.
 

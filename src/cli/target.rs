@@ -3,7 +3,7 @@
 use super::{CliError, repository_args::AccessArgs};
 use crate::{
     backup::{BackupId, BackupRecord},
-    chain::VolumePlan,
+    chain::{FullReason, VolumePlan},
     image::{
         self, ChainDirectory, ImageError, ImageSink, ManifestVolume, PartialBackup, SinkSummary, VmDirectory,
         qcow2::{Qcow2Options, Qcow2Writer},
@@ -259,7 +259,11 @@ impl UnfinishedBackup {
             }
             Self::Repository { pipeline, latest, session } => {
                 let incremental = matches!(plan, VolumePlan::Incremental { .. });
-                let below = latest.as_ref().and_then(|latest| latest.volume(volume));
+                // Asked for a full backup, nothing is taken for granted: every chunk is looked for, so that what got
+                // lost in the repository is there again.
+                let trusted = !matches!(plan, VolumePlan::Full { reason: FullReason::Requested });
+                let latest = latest.as_ref().filter(|_| trusted);
+                let below = latest.and_then(|latest| latest.volume(volume));
                 let base = below.and_then(|below| {
                     Some(Base {
                         shape: below.shape(session.repository()),

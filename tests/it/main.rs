@@ -21,6 +21,7 @@ mod repository;
 mod repository_cli;
 mod repository_damage;
 mod repository_format;
+mod repository_restore;
 mod repository_scene;
 mod s3_bed;
 mod scene;
