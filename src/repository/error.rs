@@ -139,6 +139,11 @@ impl RepositoryError {
         }
     }
 
+    /// Whether the object is not there.
+    pub(super) fn is_missing(&self) -> bool {
+        matches!(self, Self::Storage { source: object_store::Error::NotFound { .. }, .. })
+    }
+
     /// Whether something in the repository is not to be trusted, rather than unreachable.
     pub fn is_integrity(&self) -> bool {
         match self {

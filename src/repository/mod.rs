@@ -14,6 +14,7 @@ mod index;
 mod key;
 mod location;
 mod manifest;
+mod need;
 mod plan;
 mod process;
 #[cfg(test)]
@@ -28,6 +29,7 @@ mod restore;
 mod seal;
 mod session;
 mod storage;
+mod strays;
 mod usage;
 #[cfg(test)]
 mod vectors;

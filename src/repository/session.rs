@@ -42,7 +42,9 @@ pub(super) const LEASE: Duration = Duration::from_secs(30 * 60);
 const COMMIT_LIMIT_SECONDS: i64 = 10 * 60;
 /// How long a session waits for the end of a deletion that it must not meet.
 const SWEEP_LIMIT: Duration = Duration::from_secs(15 * 60);
-/// Largest session object, in bytes: a million holds.
+/// A session that needs more condemned chunks than these holds all: each hold writes the object anew, with all of them.
+const MAX_HOLDS: usize = 64;
+/// Largest session object, in bytes.
 const MAX_SESSION: u64 = 80 << 20;
 
 /// A session as it is stored.
@@ -53,6 +55,9 @@ pub(super) struct SessionObject {
     pub(super) started: Timestamp,
     /// Condemned chunks that it relies on.
     pub(super) holds: Vec<String>,
+    /// Relies on any number of them: nothing of the list is to be deleted.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(super) holds_all: bool,
     /// Indexes that it relies on with all that hangs on them, though their backups may be forgotten meanwhile.
     #[serde(default)]
     pub(super) bases: Vec<HeldIndex>,
@@ -102,6 +107,7 @@ impl RepositorySession {
             process: Process::current(),
             started: Timestamp::now(),
             holds: Vec::new(),
+            holds_all: false,
             bases: Vec::new(),
         };
         let inner = Arc::new(Inner {
@@ -112,11 +118,10 @@ impl RepositorySession {
         inner.sign(&repository).await?;
         let loaded = async {
             let plan = Plan::load(&repository).await?.filter(|plan| plan.state != PlanState::Marking);
-            let condemned = match &plan {
-                Some(plan) => plan.condemned(&repository).await?,
-                None => HashSet::new(),
-            };
-            Ok((plan, condemned))
+            let Some(plan) = plan else { return Ok((None, HashSet::new())) };
+            // A prune that ended just now. Every one to come waits for this session.
+            let Some(condemned) = plan.condemned(&repository).await? else { return Ok((None, HashSet::new())) };
+            Ok((Some(plan), condemned))
         };
         match loaded.await {
             Ok((plan, condemned)) => {
@@ -277,9 +282,15 @@ impl Inner {
 
     /// Holds a condemned chunk; `false`: the prune is over, and the chunk has to be looked for like any other.
     async fn hold(&self, repository: &Repository, state: &mut State, id: ChunkId) -> Result<bool, RepositoryError> {
-        state.object.holds.push(id.to_hex());
+        if state.object.holds.len() < MAX_HOLDS {
+            state.object.holds.push(id.to_hex());
+        } else {
+            state.object.holds_all = true;
+        }
         let held = self.announce(repository, state).await?;
-        if held {
+        if held && state.object.holds_all {
+            state.condemned.clear();
+        } else if held {
             state.condemned.remove(&id);
         }
         Ok(held)
