@@ -35,7 +35,7 @@ impl ChainDirectory {
 
     /// An existing directory, or a new one.
     pub fn create(path: &Path) -> Result<Self, ImageError> {
-        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(ImageError::io("create", path))?;
+        create_durably(path)?;
         Self::open(path)
     }
 
@@ -138,7 +138,7 @@ impl ChainDirectory {
     pub fn lock(&self, vm: &str) -> Result<VmDirectory, ImageError> {
         check_name("VM", vm)?;
         let path = self.path.join(vm);
-        DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(ImageError::io("create", &path))?;
+        create_durably(&path)?;
         let handle = File::open(&path).map_err(ImageError::io("open", &path))?;
         match rustix::fs::flock(&handle, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
@@ -226,8 +226,13 @@ impl PartialBackup {
         format!("../{parent}/{file}")
     }
 
-    /// Makes the backup complete. Its images must be durable. When this returns, the backup is there and stays there;
-    /// on an error it is not.
+    /// Where it will be when it is complete.
+    pub fn complete_path(&self) -> PathBuf {
+        self.vm.directory.backup_path(&self.vm.vm, &self.id)
+    }
+
+    /// Makes the backup complete. Its images must be durable. When this returns, the backup is there; on an error it is
+    /// not, unless the file system carries out later what it refused now ([`look_for_backup`]).
     pub fn commit(self, manifest: &Manifest) -> Result<(), ImageError> {
         let path = self.path.join(MANIFEST);
         let mut json =
@@ -236,9 +241,17 @@ impl PartialBackup {
         write_durably(&path, &json)?;
         write_durably(&self.path.join(MANIFEST_DIGEST), digest_line(&json).as_bytes())?;
         sync(&self.path)?;
-        let complete = self.vm.directory.backup_path(&self.vm.vm, &self.id);
-        fs::rename(&self.path, &complete).map_err(ImageError::io("rename", &self.path))?;
-        self.vm.handle.sync_all().map_err(ImageError::io("write", &complete))
+        let complete = self.complete_path();
+        if let Err(error) = fs::rename(&self.path, &complete) {
+            // A network file system may have done it and lost the answer.
+            look_for_backup(&complete).map_err(|_| ImageError::io("rename", &self.path)(error))?;
+        }
+        // It is seen from now on, so it counts. Should a power cut take it back, the next backup stands on the one
+        // before, and reads everything.
+        if let Err(error) = self.vm.handle.sync_all() {
+            tracing::warn!(%error, path = %complete.display(), "the backup is complete, but may not survive a power cut");
+        }
+        Ok(())
     }
 
     /// Removes the backup.
@@ -263,6 +276,23 @@ fn check_manifest_digest(path: &Path, manifest: &[u8]) -> Result<(), ImageError>
         }
         Err(error) => Err(ImageError::io("read", digest)(error)),
     }
+}
+
+/// Makes a directory and those above it; what was new survives a power cut.
+fn create_durably(path: &Path) -> Result<(), ImageError> {
+    let new: Vec<_> = path.ancestors().take_while(|above| !above.as_os_str().is_empty() && !above.exists()).collect();
+    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(ImageError::io("create", path))?;
+    for made in new {
+        let above = made.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        sync(above)?;
+    }
+    Ok(())
+}
+
+/// Whether a backup is complete at this path; an error when it is not.
+pub fn look_for_backup(path: &Path) -> Result<(), ImageError> {
+    let manifest = path.join(MANIFEST);
+    fs::metadata(&manifest).map(drop).map_err(ImageError::io("find", &manifest))
 }
 
 fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), ImageError> {

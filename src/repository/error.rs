@@ -1,6 +1,7 @@
 //! Errors of a repository.
 
 use crate::reason::{Reason, Retry};
+use std::io::ErrorKind;
 
 /// Why something in a repository could not be done.
 #[derive(Debug, thiserror::Error)]
@@ -154,6 +155,22 @@ impl RepositoryError {
     }
 }
 
+/// What an error of the system below an error means.
+fn local_reason(error: &(dyn std::error::Error + 'static)) -> &'static str {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(error) = error.downcast_ref::<std::io::Error>() {
+            match error.kind() {
+                ErrorKind::StorageFull | ErrorKind::QuotaExceeded => return "TargetFull",
+                ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => return "PermissionDenied",
+                _ => {}
+            }
+        }
+        next = error.source();
+    }
+    "TargetIo"
+}
+
 impl Reason for RepositoryError {
     fn reason(&self) -> &'static str {
         match self {
@@ -161,10 +178,9 @@ impl Reason for RepositoryError {
                 object_store::Error::NotFound { .. } => "ObjectMissing",
                 object_store::Error::PermissionDenied { .. } => "PermissionDenied",
                 object_store::Error::Unauthenticated { .. } => "Unauthenticated",
-                _ => "TargetIo",
+                _ => local_reason(source),
             },
-            Self::Local { source, .. } if source.raw_os_error() == Some(28) => "TargetFull",
-            Self::Local { .. } => "TargetIo",
+            Self::Local { source, .. } => local_reason(source),
             Self::BadUrl { .. } | Self::Invalid(_) => "Usage",
             Self::Missing { .. } => "RepositoryMissing",
             Self::NotEmpty { .. } => "TargetExists",

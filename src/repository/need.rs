@@ -62,7 +62,10 @@ impl Repository {
     }
 
     /// All chunks that backups need, pages of indexes included.
-    pub(super) async fn needed(self: &Arc<Self>, progress: Option<&PruneProgress>) -> Result<HashSet<ChunkId>, RepositoryError> {
+    pub(super) async fn needed(
+        self: &Arc<Self>,
+        progress: Option<&PruneProgress>,
+    ) -> Result<HashSet<ChunkId>, RepositoryError> {
         let names = self.manifest_names(None).await?;
         if let Some(progress) = progress {
             progress.backups.store(names.len() as u64, Ordering::Relaxed);

@@ -84,7 +84,7 @@ async fn first(repository: &Arc<Repository>) -> Manifest {
     let session = start(repository).await;
     let volume = store(&session, vec![(0, 1), (2, 2), (2400, 3)], None).await;
     let first = manifest(1, volume);
-    session.commit(&first).await.unwrap();
+    session.commit(&first, std::time::Duration::from_secs(60)).await.unwrap();
     first
 }
 
@@ -139,7 +139,7 @@ async fn a_backup_outlives_its_base_that_is_forgotten_while_it_runs() {
         repository.forget("web", &below.backup.id).await.unwrap();
         prune(&repository).await;
         let second = manifest(2, volume);
-        session.commit(&second).await.unwrap();
+        session.commit(&second, std::time::Duration::from_secs(60)).await.unwrap();
         reads(&repository, &second).await.unwrap();
     }
 }
@@ -171,7 +171,7 @@ async fn a_list_whose_prune_died_before_it_looked_for_sessions_is_waited_for() {
     assert_eq!(prune(&repository).await, 0);
     let volume = store(&session, vec![(0, 1), (2, 2), (2400, 3)], None).await;
     let second = manifest(2, volume);
-    session.commit(&second).await.unwrap();
+    session.commit(&second, std::time::Duration::from_secs(60)).await.unwrap();
     assert_eq!(prune(&repository).await, 0, "everything is needed again");
     reads(&repository, &second).await.unwrap();
 }

@@ -204,7 +204,17 @@ impl Repository {
         if slots.len() == 1 {
             return Err(RepositoryError::LastKey { slot: slot.to_owned() });
         }
-        self.storage.delete(&slot_name(slot)).await
+        let name = slot_name(slot);
+        let content = self.storage.require(&name, key::MAX_SLOT).await?;
+        self.storage.delete(&name).await?;
+        // Somebody else may have removed the others meanwhile, and none of two that do so knows which one was last.
+        let left = self.key_slots().await;
+        if left.as_ref().is_ok_and(|left| !left.is_empty()) {
+            return Ok(());
+        }
+        self.storage.put_durably(&name, content).await?;
+        left?;
+        Err(RepositoryError::LastKey { slot: slot.to_owned() })
     }
 
     /// The id of content.

@@ -253,7 +253,8 @@ fn remove_unfinished(directory: &std::path::Path, is_old: &dyn Fn(Timestamp) -> 
         }
         let name = entry.file_name();
         let suffix = name.to_str().and_then(|name| name.split_once('#')).map(|(_, suffix)| suffix);
-        let is_unfinished = suffix.is_some_and(|suffix| !suffix.is_empty() && suffix.bytes().all(|b| b.is_ascii_digit()));
+        let is_unfinished =
+            suffix.is_some_and(|suffix| !suffix.is_empty() && suffix.bytes().all(|b| b.is_ascii_digit()));
         let written = meta.modified().ok().and_then(|written| Timestamp::try_from(written).ok());
         if is_unfinished && meta.is_file() && written.is_some_and(is_old) {
             match std::fs::remove_file(entry.path()) {
