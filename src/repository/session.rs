@@ -255,7 +255,7 @@ impl RepositorySession {
                 tracing::warn!(error, "the backup is complete, though its commit seemed to fail");
                 Ok(())
             }
-            Ok(Ok(false)) | Ok(Err(RepositoryError::SessionLost { .. })) => Err(error),
+            Ok(Ok(false) | Err(RepositoryError::SessionLost { .. })) => Err(error),
             Ok(Err(_)) | Err(_) => {
                 tracing::warn!(
                     "whether backup {id} became complete cannot be seen now; should it be listed, `virt-fleece verify` \
