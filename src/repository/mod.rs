@@ -6,6 +6,7 @@
 
 mod check;
 mod chunk;
+mod create;
 mod error;
 mod forget;
 #[cfg(test)]

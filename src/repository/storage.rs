@@ -3,7 +3,10 @@
 //! Contract: reading and listing are consistent with writes that completed (S3, GCS, Azure and local file systems are;
 //! on NFS as far as close-to-open goes). Errors arrive after the store's own retries of transient failures.
 
-use super::RepositoryError;
+use super::{
+    RepositoryError,
+    create::{create_by_rename, has_no_hard_links},
+};
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream::BoxStream};
 use jiff::Timestamp;
@@ -146,6 +149,7 @@ impl Storage {
         content: Bytes,
         mode: PutMode,
     ) -> Result<Option<Version>, RepositoryError> {
+        let create = mode == PutMode::Create;
         let options = PutOptions { mode, ..PutOptions::default() };
         let payload = PutPayload::from_bytes(content.clone());
         let error = match self.durable.put_opts(&self.path(name), payload, options).await {
@@ -154,8 +158,17 @@ impl Storage {
         };
         let refused =
             matches!(error, object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. });
-        // A file that is there after a failure may not be durable.
-        if !refused && self.directory.is_some() {
+        if let Some(directory) = self.directory.as_ref().filter(|_| !refused) {
+            if create && has_no_hard_links(&error) {
+                let path = directory.join(name);
+                let created = tokio::task::spawn_blocking(move || create_by_rename(&path, &content));
+                let created = created.await.map_err(|_| RepositoryError::WorkerDied)?;
+                let failed =
+                    |source: std::io::Error| object_store::Error::Generic { store: "directory", source: source.into() };
+                let created = created.map_err(failed).map_err(RepositoryError::storage("write", name))?;
+                return Ok(created.then_some(Version { e_tag: None, version: None }));
+            }
+            // A file that is there after a failure may not be durable.
             return Err(RepositoryError::storage("write", name)(error));
         }
         // A request over the network that seemed to fail may have been carried out: when its answer got lost, or when

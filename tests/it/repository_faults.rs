@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 
 /// The chunk size of these tests.
 const CHUNK: u64 = 256 << 10;
+/// In the path of every manifest; the bucket's name is before it.
+const MANIFESTS: &str = "/prefix/backups/";
 /// Chunks that are under way at once.
 const IN_FLIGHT: usize = 48;
 
@@ -115,7 +117,7 @@ fn chunks(effect: Effect) -> Fault {
 
 /// The put of a manifest, which commits.
 fn manifest(effect: Effect) -> Fault {
-    Fault::new(effect).method("PUT").target("/backups/")
+    Fault::new(effect).method("PUT").target(MANIFESTS)
 }
 
 #[test]
@@ -249,7 +251,7 @@ fn what_is_forbidden_is_not_repeated() {
 #[test]
 fn a_commit_whose_answer_is_lost_is_one_backup() {
     let bed = Bed::new();
-    let look = |effect| Fault::new(effect).method("GET").target("/backups/").times(1);
+    let look = |effect| Fault::new(effect).method("GET").target(MANIFESTS).times(1);
     // What happens to the put, and what to the look at it afterwards: the last one leaves the answer to a second look.
     let cases = [
         (manifest(Effect::Drop(Stage::After)).times(1), None),
@@ -265,7 +267,7 @@ fn a_commit_whose_answer_is_lost_is_one_backup() {
         let outcome = bed.checked(bed.backup().run());
         bed.proxy().clear();
         let seen = bed.proxy().requests().split_off(before);
-        let trace: Vec<_> = seen.iter().filter(|seen| seen.target.contains("/backups/")).collect();
+        let trace: Vec<_> = seen.iter().filter(|seen| seen.target.contains(MANIFESTS)).collect();
         assert!(outcome.status.success(), "round {round}: {}\n{trace:#?}", outcome.stderr);
         let report: Value = outcome.json();
         assert!(is_incremental(&report), "round {round}: {report}");
@@ -293,14 +295,13 @@ fn a_commit_that_is_refused_is_no_backup() {
 fn truncated_answers_are_never_taken_for_the_disk() {
     let bed = Bed::new();
     let listed = bed.listed();
-    bed.scene.vm.control();
     bed.backup().run().success();
     let get = |bytes| Fault::new(Effect::CutReply(bytes)).method("GET").target("/chunks/");
     let restore = |to: &std::path::Path| {
         bed.store.cli(["restore", "--vm", "web", "--backup", "latest", "-vvv"]).arg("--output").arg(to)
     };
-    // For good, at the beginning, in the middle, and before the tag.
-    for bytes in [0, 1000, 200 << 10] {
+    // For good. A cut that lets more of each object through is no failure: reading goes on where it ended.
+    for bytes in [0, 1000] {
         let to = tempfile::tempdir().expect("a directory");
         bed.proxy().inject(get(bytes).skip(12));
         let begun = Instant::now();
@@ -311,18 +312,15 @@ fn truncated_answers_are_never_taken_for_the_disk() {
         assert!(!left.iter().any(|path| path.ends_with("root.raw")), "{left:?}");
         bed.proxy().clear();
     }
-    // Now and then: repeated, or refused; never wrong bytes.
-    let to = tempfile::tempdir().expect("a directory");
-    bed.proxy().inject(get(1000).chance(0.1, 5));
-    let outcome = bed.checked(restore(to.path()).run());
-    println!("cut now and then: {}", outcome.status);
-    bed.proxy().clear();
-    if outcome.status.success() {
-        let root = std::fs::read(to.path().join("root.raw")).expect("restored");
-        assert!(root == bed.scene.disks_now()[0]);
+    for fault in [get(200 << 10), get(1000).chance(0.1, 5), get(0).times(0)] {
+        let to = tempfile::tempdir().expect("a directory");
+        let before = bed.proxy().requests().len();
+        bed.proxy().inject(fault.clone());
+        bed.checked(restore(to.path()).run()).success();
+        bed.proxy().clear();
+        let hit = bed.proxy().requests().iter().skip(before).filter(|seen| seen.effect.is_some()).count();
+        println!("{hit} answers were cut");
+        assert!(std::fs::read(to.path().join("root.raw")).expect("restored") == bed.scene.disks_now()[0], "{fault:?}");
     }
-    let whole = tempfile::tempdir().expect("a directory");
-    restore(whole.path()).run().success();
-    assert!(std::fs::read(whole.path().join("root.raw")).expect("restored") == bed.scene.disks_now()[0]);
     assert_eq!(bed.listed().len(), listed.len() + 1);
 }
