@@ -4,6 +4,7 @@ use crate::{
     fleecing::SessionError,
     image::ImageError,
     mover::PullError,
+    nbd::ServeError,
     qmp::QmpError,
     reason::{Reason, Retry},
     repository::RepositoryError,
@@ -36,6 +37,9 @@ pub enum CliError {
     /// A repository failed.
     #[error(transparent)]
     Repository(#[from] RepositoryError),
+    /// A volume cannot be served.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
     /// The target takes nothing any more.
     #[error(
         "the target took no data for {seconds} seconds; see whether it is reachable and has space (--stall-timeout)"
@@ -64,15 +68,15 @@ impl CliError {
     /// The exit code.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Usage(_) => 2,
             Self::Unreachable(_) => 3,
             Self::Image(ImageError::Interrupted) | Self::Repository(RepositoryError::Interrupted) => 130,
             Self::Image(error) if error.is_integrity() => 5,
             Self::Repository(error) if error.is_integrity() => 5,
-            Self::Repository(
+            Self::Usage(_)
+            | Self::Repository(
                 RepositoryError::BadUrl { .. } | RepositoryError::Invalid(_) | RepositoryError::WrongPassphrase { .. },
             ) => 2,
-            Self::Image(_) | Self::Repository(_) => 6,
+            Self::Image(_) | Self::Repository(_) | Self::Serve(_) => 6,
             Self::Signal { code, .. } => *code,
             _ => 4,
         }
@@ -87,6 +91,7 @@ impl Reason for CliError {
             Self::Volume { source, .. } => source.reason(),
             Self::Target(error) | Self::Image(error) => error.reason(),
             Self::Repository(error) => error.reason(),
+            Self::Serve(error) => error.reason(),
             Self::Stalled { .. } => "TargetStalled",
             Self::GuestAgent(error) => error.reason(),
             Self::Signal { .. } => "Cancelled",
@@ -99,6 +104,7 @@ impl Reason for CliError {
             Self::Unreachable(error) => error.retry(),
             Self::Session(error) => error.retry(),
             Self::Repository(error) => error.retry(),
+            Self::Serve(error) => error.retry(),
             Self::Usage(_) => Retry::Terminal,
             _ => Retry::Backoff,
         }

@@ -19,6 +19,7 @@ mod repository_info;
 mod repository_key;
 mod restore;
 mod restore_repository;
+mod serve_nbd;
 mod size;
 mod store;
 mod target;
@@ -54,6 +55,8 @@ enum Command {
     Verify(verify::VerifyArgs),
     /// Restore a VM's disks, or one of them, as of a backup
     Restore(restore::RestoreArgs),
+    /// Serve a volume of a backup over NBD: look into it, copy from it or boot from it at once, without a restore
+    ServeNbd(serve_nbd::ServeArgs),
     /// Forget backups in a repository, by a rule or by their ids
     Forget(Box<forget::ForgetArgs>),
     /// Make a repository, show what is in it, manage its passphrases
@@ -108,6 +111,7 @@ async fn run(command: Command) -> Result<ExitCode, CliError> {
         Command::List(args) => list::run(args).await,
         Command::Verify(args) => verify::run(args).await,
         Command::Restore(args) => restore::run(args).await,
+        Command::ServeNbd(args) => serve_nbd::run(args).await,
         Command::Forget(args) => forget::run(*args).await,
         Command::Repository(command) => repository::run(command).await,
         Command::Inspect(args) => inspect::run(args).await,
@@ -123,6 +127,7 @@ impl Command {
             Self::List(args) => args.output,
             Self::Verify(args) => args.output,
             Self::Restore(args) => args.output,
+            Self::ServeNbd(args) => args.output,
             Self::Forget(args) => args.output,
             Self::Repository(command) => command.output(),
             Self::Inspect(args) => args.output,

@@ -10,7 +10,7 @@ pub(super) const PASSPHRASE: &str = "VIRT_FLEECE_PASSPHRASE";
 
 #[derive(Debug, Clone, Args)]
 pub(super) struct AccessArgs {
-    /// File with the repository's passphrase (its last newline is not part of it); without it $VIRT_FLEECE_PASSPHRASE
+    /// File with the repository's passphrase (its last newline is not part of it); without it `$VIRT_FLEECE_PASSPHRASE`
     /// counts, and on a terminal you are asked
     #[arg(long, value_name = "FILE", env = "VIRT_FLEECE_PASSPHRASE_FILE")]
     pub(super) passphrase_file: Option<PathBuf>,

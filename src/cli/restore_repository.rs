@@ -5,7 +5,7 @@ use super::{
     restore::{Format, RestoreArgs, Restored, blocking, with_progress},
 };
 use crate::{
-    extent::Piece,
+    extent::{ByteRange, Piece},
     image::{ImageError, RestoreTarget, RestoredVolume, is_device, open_device, restore_source},
     repository::{
         CheckOptions, CheckProgress, Manifest, Repository, RepositoryError, RepositorySource, VolumeReader,
@@ -161,9 +161,9 @@ async fn to_stdout(args: &RestoreArgs, repository: Arc<Repository>, manifest: &M
         use crate::image::PieceSource;
         let done = AtomicU64::new(0);
         with_progress(&name, size, &done, || {
-            let mut sink = Box::new(StdoutSink(std::io::stdout().lock()));
+            let mut sink = StdoutSink(std::io::stdout().lock());
             while let Some(piece) = source.next_piece()? {
-                let end = piece.range().map_or(0, |range| range.end());
+                let end = piece.range().map_or(0, ByteRange::end);
                 sink.write(piece)?;
                 done.store(end, std::sync::atomic::Ordering::Relaxed);
             }
@@ -199,7 +199,7 @@ impl StdoutSink {
         }
     }
 
-    fn finish(mut self: Box<Self>) -> Result<(), ImageError> {
+    fn finish(mut self) -> Result<(), ImageError> {
         self.0.flush().map_err(ImageError::io("write", "standard output"))
     }
 }

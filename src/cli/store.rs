@@ -10,7 +10,7 @@ pub(super) struct StoreArgs {
     /// Directory with qcow2 images
     #[arg(long, value_name = "DIR")]
     qcow2_dir: Option<PathBuf>,
-    /// Repository: a directory, s3://BUCKET/PREFIX, gs://…, az://…
+    /// Repository: a directory, `s3://BUCKET/PREFIX`, `gs://…`, `az://…`
     #[arg(long, value_name = "URL")]
     repository: Option<String>,
     #[command(flatten)]

@@ -28,7 +28,7 @@ pub(super) struct TargetArgs {
     /// Directory for qcow2 images: one directory a VM, one a backup in it, one image a volume
     #[arg(long, value_name = "DIR")]
     qcow2_dir: Option<PathBuf>,
-    /// Repository (deduplicated, compressed, encrypted): a directory, s3://BUCKET/PREFIX, gs://…, az://…
+    /// Repository (deduplicated, compressed, encrypted): a directory, `s3://BUCKET/PREFIX`, `gs://…`, `az://…`
     #[arg(long, value_name = "URL")]
     repository: Option<String>,
     #[command(flatten)]
@@ -69,8 +69,17 @@ impl Parent {
 /// A target that is open for one backup of one VM.
 #[derive(Debug)]
 pub(super) enum Target {
-    Chain { directory: ChainDirectory, lock: VmDirectory, compress: bool },
-    Repository { session: Arc<RepositorySession>, location: Location, latest: Option<repository::Manifest>, level: i32 },
+    Chain {
+        directory: ChainDirectory,
+        lock: VmDirectory,
+        compress: bool,
+    },
+    Repository {
+        session: Arc<RepositorySession>,
+        location: Location,
+        latest: Option<Box<repository::Manifest>>,
+        level: i32,
+    },
 }
 
 impl TargetArgs {
@@ -87,7 +96,7 @@ impl TargetArgs {
             // Before anything is looked at that the backup relies on: see `repository::session`.
             let session = RepositorySession::start(repository).await?;
             let latest = match session.newest(vm).await {
-                Ok(latest) => latest,
+                Ok(latest) => latest.map(Box::new),
                 Err(error) => {
                     session.end().await;
                     return Err(error.into());
@@ -188,8 +197,15 @@ impl Parent {
 /// A backup that is being written.
 #[derive(Debug)]
 pub(super) enum UnfinishedBackup {
-    Chain { partial: PartialBackup, compress: bool },
-    Repository { session: Arc<RepositorySession>, pipeline: Arc<ChunkPipeline>, latest: Option<repository::Manifest> },
+    Chain {
+        partial: PartialBackup,
+        compress: bool,
+    },
+    Repository {
+        session: Arc<RepositorySession>,
+        pipeline: Arc<ChunkPipeline>,
+        latest: Option<Box<repository::Manifest>>,
+    },
 }
 
 /// What was made of a volume.

@@ -5,7 +5,7 @@ use super::{
     qcow2::{ChainReader, Qcow2Options, Qcow2Writer},
     verify::volume_chain,
 };
-use crate::extent::Piece;
+use crate::extent::{ByteRange, Piece};
 use std::{
     fs::{self, OpenOptions},
     os::unix::fs::{FileTypeExt, OpenOptionsExt},
@@ -177,7 +177,7 @@ fn copy(
 ) -> Result<(), ImageError> {
     while let Some(piece) = source.next_piece()? {
         interrupted(target)?;
-        let end = piece.range().map_or(0, |range| range.end());
+        let end = piece.range().map_or(0, ByteRange::end);
         sink.write(piece)?;
         target.progress.store(end, Ordering::Relaxed);
     }

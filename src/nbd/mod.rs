@@ -1,4 +1,5 @@
-//! NBD client (fixed newstyle, structured replies, metadata contexts) over a Unix socket that is already connected.
+//! NBD client (fixed newstyle, structured replies, metadata contexts) over a Unix socket that is already connected, and
+//! a server for one read-only export.
 //!
 //! QEMU writes replies from its main loop with blocking semantics towards the guest: a reply that does not fit into its
 //! socket's send buffer, because nobody reads, hangs `stop`, live migration and every other drain (seen on 7.2, 10.0
@@ -8,10 +9,12 @@
 mod client;
 mod error;
 mod handshake;
+mod server;
 mod wire;
 
 pub use client::{Chunk, Content, NbdClient, StatusExtent};
 pub use error::NbdError;
+pub use server::{Export, MAX_REQUEST, PrivateSocket, ServeError, Source, Unserved, Until, serve};
 pub(crate) use wire::{STATE_DIRTY, STATE_ZERO};
 
 /// Bytes of one read request. Small requests keep QEMU's memory small (KubeVirt budgets 50 MiB for all of QEMU's

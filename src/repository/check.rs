@@ -102,7 +102,7 @@ impl Repository {
             vec![self.find(options.vm.as_deref(), backup).await?]
         } else {
             let catalogue = self.catalogue(options.vm.as_deref()).await?;
-            summary.unreadable = catalogue.damaged.iter().map(|error| with_causes(error)).collect();
+            summary.unreadable = catalogue.damaged.iter().map(with_causes).collect();
             catalogue.manifests
         };
         let mut known = Known::default();

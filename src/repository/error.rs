@@ -147,11 +147,7 @@ impl RepositoryError {
 
     /// Whether something in the repository is not to be trusted, rather than unreachable.
     pub fn is_integrity(&self) -> bool {
-        match self {
-            Self::Damaged { .. } => true,
-            Self::Storage { source: object_store::Error::NotFound { .. }, .. } => true,
-            _ => false,
-        }
+        matches!(self, Self::Damaged { .. } | Self::Storage { source: object_store::Error::NotFound { .. }, .. })
     }
 }
 

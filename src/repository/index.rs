@@ -39,7 +39,7 @@ impl Shape {
 
     /// Levels of pages, at least one; the root is the one id on the highest level.
     pub fn levels(&self) -> u32 {
-        (1..).find(|level| self.ids(*level) <= 1).unwrap_or(1)
+        (1..u32::MAX).find(|level| self.ids(*level) <= 1).unwrap_or(1)
     }
 
     /// Ids in page `page` of a level above 0.

@@ -10,6 +10,7 @@ use super::{
 use argon2::{Algorithm, Argon2, Params, Version};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use std::fmt::Write as _;
 use zeroize::Zeroizing;
 
 /// Largest slot that is read, in bytes.
@@ -75,7 +76,11 @@ pub(super) fn random(bytes: &mut [u8]) -> Result<(), RepositoryError> {
 }
 
 pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        // Writing to a string cannot fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 /// The bytes of lower-case hex digits; anything else would be a second way to write the same.
@@ -154,8 +159,8 @@ impl KeySlot {
         if sealed.len() != SEALED {
             return Err(damaged("its sealed key has the wrong length"));
         }
-        let sealer = Sealer::new(ObjectKind::Key, self.kdf.key(passphrase, &self.id)?, repository);
-        let Ok(opened) = sealer.open(self.id.as_bytes(), &sealed, "key slot") else {
+        let slot_sealer = Sealer::new(ObjectKind::Key, self.kdf.key(passphrase, &self.id)?, repository);
+        let Ok(opened) = slot_sealer.open(self.id.as_bytes(), &sealed, "key slot") else {
             return Ok(None);
         };
         let opened = Zeroizing::new(opened);

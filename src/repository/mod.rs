@@ -4,6 +4,7 @@
 //! its chunks, so that each restores on its own and deleting one never touches another. Dirty bitmaps only decide what
 //! has to be read. `docs/format.md` is the specification.
 
+mod cache;
 mod check;
 mod chunk;
 mod create;
@@ -21,6 +22,7 @@ mod process;
 #[cfg(test)]
 mod protocol_test;
 mod prune;
+mod random;
 mod reader;
 #[cfg(test)]
 mod reliance;
@@ -46,6 +48,7 @@ pub use location::Location;
 pub use manifest::{Catalogue, MANIFEST_VERSION, Manifest, StoredVolume};
 pub use process::Process;
 pub use prune::{PruneOptions, PruneProgress, PruneSummary};
+pub use random::{RandomReader, Unreadable};
 pub use reader::VolumeReader;
 pub use repository::{REPOSITORY_VERSION, Repository};
 pub use restore::{InPlaceSummary, RepositorySource, restore_in_place};

@@ -27,9 +27,7 @@ pub struct VolumeReader {
 impl VolumeReader {
     /// For a volume of a manifest of this repository.
     pub fn new(repository: Arc<Repository>, volume: &StoredVolume) -> Result<Self, RepositoryError> {
-        let root = volume.root().ok_or_else(|| {
-            RepositoryError::damaged(format!("volume `{}`", volume.name), "its index has no usable root")
-        })?;
+        let root = Self::root_of(volume)?;
         let shape = volume.shape(&repository);
         Ok(Self::at(repository, shape, root))
     }
@@ -37,6 +35,13 @@ impl VolumeReader {
     /// For an index.
     pub(super) fn at(repository: Arc<Repository>, shape: Shape, root: ChunkId) -> Self {
         Self { repository, index: IndexReader::new(shape, root), root }
+    }
+
+    /// Root of a volume's index.
+    pub(super) fn root_of(volume: &StoredVolume) -> Result<ChunkId, RepositoryError> {
+        volume.root().ok_or_else(|| {
+            RepositoryError::damaged(format!("volume `{}`", volume.name), "its index has no usable root")
+        })
     }
 
     /// Form of the volume.

@@ -86,9 +86,10 @@ pub async fn restore_in_place(
                     if id_in_file(repository, Arc::clone(&file), offset, length).await? == id {
                         same.fetch_add(length, Ordering::Relaxed);
                     } else {
-                        let content = match id.is_zero() {
-                            true => vec![0; length as usize],
-                            false => repository.read_chunk(id, length).await?,
+                        let content = if id.is_zero() {
+                            vec![0; length as usize]
+                        } else {
+                            repository.read_chunk(id, length).await?
                         };
                         let put = move || file.write_all_at(&content, offset);
                         blocking("write the image", put).await?;

@@ -144,7 +144,9 @@ impl ChunkPipeline {
     }
 }
 
+/// Of content, in bytes.
 #[derive(Debug, Default)]
+#[allow(clippy::struct_field_names, reason = "the names of the summary")]
 struct Counters {
     data_bytes: AtomicU64,
     zero_bytes: AtomicU64,

@@ -28,5 +28,6 @@ mod repository_stress;
 mod s3_bed;
 mod scene;
 mod seeds;
+mod serve_nbd;
 mod smoke;
 mod store;

@@ -10,7 +10,6 @@ use crate::{
 };
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
-use virt_fleece::repository::{Location, Passphrase, Repository};
 
 /// The passphrase of every repository.
 pub(crate) const PASSPHRASE: &str = "an unlikely passphrase";
@@ -123,14 +122,6 @@ impl Store {
         let to = tempfile::tempdir_in(self.directory.path()).expect("a directory");
         self.cli(["restore", "--backup", id]).arg("--output").arg(to.path()).run().success();
         VOLUMES.iter().map(|volume| std::fs::read(to.path().join(format!("{volume}.raw"))).expect("restored")).collect()
-    }
-
-    /// Opens it through the library.
-    pub(crate) async fn open(&self) -> std::sync::Arc<Repository> {
-        assert!(self.s3.is_none(), "the library takes credentials from its own environment");
-        let location = Location { url: self.url.clone(), ..Location::default() };
-        let passphrase = Passphrase::new(PASSPHRASE.into()).expect("a passphrase");
-        Repository::open(location.open().expect("a storage"), passphrase).await.expect("a repository")
     }
 }
 
