@@ -243,8 +243,11 @@ impl PartialBackup {
         sync(&self.path)?;
         let complete = self.complete_path();
         if let Err(error) = fs::rename(&self.path, &complete) {
-            // A network file system may have done it and lost the answer.
-            look_for_backup(&complete).map_err(|_| ImageError::io("rename", &self.path)(error))?;
+            // A network file system may have done it and lost the answer. What is still there was not renamed, whatever
+            // has its name.
+            if self.path.exists() || look_for_backup(&complete).is_err() {
+                return Err(ImageError::io("rename", &self.path)(error));
+            }
         }
         // It is seen from now on, so it counts. Should a power cut take it back, the next backup stands on the one
         // before, and reads everything.
@@ -316,4 +319,48 @@ pub(super) fn check_name(what: &'static str, name: &str) -> Result<(), ImageErro
             .bytes()
             .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'#' | b'@' | b':' | b'+'));
     if plain { Ok(()) } else { Err(ImageError::BadName { what, name: name.to_owned() }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backup::BackupRecord;
+
+    fn manifest(id: &BackupId) -> Manifest {
+        let now = jiff::Timestamp::UNIX_EPOCH;
+        let backup = BackupRecord {
+            id: id.clone(),
+            vm: "web".into(),
+            vm_uuid: None,
+            parent: None,
+            sequence: 1,
+            bitmap_line: String::new(),
+            point_in_time: now,
+            started: now,
+            finished: now,
+            engine: "job".into(),
+            transfer: "pull".into(),
+            qemu_version: String::new(),
+            cut_microseconds: 0,
+            quiesce: serde_json::Value::Null,
+            skipped: Vec::new(),
+            tool_version: String::new(),
+        };
+        Manifest { format_version: super::super::FORMAT_VERSION, backup, volumes: Vec::new() }
+    }
+
+    #[test]
+    fn a_backup_in_the_place_is_not_taken_for_this_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let chains = ChainDirectory::create(&directory.path().join("new/below/new")).unwrap();
+        let id = BackupId::generate().unwrap();
+        let begin = || chains.lock("web").unwrap().begin(id.clone()).unwrap();
+        let first = begin();
+        let complete = first.complete_path();
+        assert!(look_for_backup(&complete).is_err());
+        first.commit(&manifest(&id)).unwrap();
+        look_for_backup(&complete).unwrap();
+        assert!(begin().commit(&manifest(&id)).is_err());
+        assert_eq!(chains.inventory("web").unwrap().manifests.len(), 1);
+    }
 }

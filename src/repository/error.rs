@@ -7,7 +7,7 @@ use std::io::ErrorKind;
 #[derive(Debug, thiserror::Error)]
 pub enum RepositoryError {
     /// The storage refused or failed, after its retries.
-    #[error("cannot {attempt} {object} in the repository")]
+    #[error("cannot {attempt} {object} in the repository{}", way_out(source))]
     Storage {
         /// What was attempted: `read`, `write`, `list`, `delete`, …
         attempt: &'static str,
@@ -148,6 +148,22 @@ impl RepositoryError {
     /// Whether something in the repository is not to be trusted, rather than unreachable.
     pub fn is_integrity(&self) -> bool {
         matches!(self, Self::Damaged { .. } | Self::Storage { source: object_store::Error::NotFound { .. }, .. })
+    }
+}
+
+/// What to do about an error of the storage, as the end of a sentence.
+fn way_out(error: &object_store::Error) -> &'static str {
+    match error {
+        object_store::Error::NotFound { .. } => "",
+        object_store::Error::PermissionDenied { .. } => ": these credentials may not do that there",
+        object_store::Error::Unauthenticated { .. } => ": the credentials are not accepted",
+        error => match local_reason(error) {
+            "TargetFull" => {
+                ": make space, say by `virt-fleece forget` and `virt-fleece repository prune`, which need some KiB themselves"
+            }
+            "PermissionDenied" => ": see who may write there, and whether it is mounted read-only",
+            _ => ": see whether it can be reached and is well, then run it again",
+        },
     }
 }
 

@@ -7,6 +7,7 @@
 mod cache;
 mod check;
 mod chunk;
+mod commit;
 mod create;
 mod error;
 mod forget;

@@ -156,8 +156,12 @@ impl Storage {
             Ok(written) => return Ok(Some(written.into())),
             Err(error) => error,
         };
-        let refused =
-            matches!(error, object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. });
+        let refused = match error {
+            object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. } => true,
+            // The version that was to be replaced is gone.
+            object_store::Error::NotFound { .. } => !create && self.directory.is_none(),
+            _ => false,
+        };
         if let Some(directory) = self.directory.as_ref().filter(|_| !refused) {
             if create && has_no_hard_links(&error) {
                 let path = directory.join(name);

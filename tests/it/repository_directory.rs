@@ -67,6 +67,7 @@ fn a_full_repository_is_named_as_such_and_a_prune_helps() {
     let full = failed(&scene, store.backup(&scene).run());
     assert_eq!((full.status.code(), reason(&full).as_str()), (Some(4), "TargetFull"), "{}", full.stderr);
     assert!(full.stderr.contains("chunks/"), "the object is named: {}", full.stderr);
+    assert!(full.stderr.contains("repository prune"), "the way out: {}", full.stderr);
     let again = failed(&scene, store.backup(&scene).run());
     assert_eq!(reason(&again), "TargetFull", "{}", again.stderr);
     // What the failed ones wrote is needed by nobody.
@@ -169,5 +170,28 @@ fn a_repository_that_is_read_only_can_be_read() {
     let prune = store.cli(["repository", "prune", "-o", "json"]).run().failure();
     assert_eq!((prune.status.code(), reason(&prune).as_str()), (Some(6), "PermissionDenied"), "{}", prune.stderr);
     remount(&target, "rw");
+    goes_on(&store, &scene, 1);
+}
+
+#[test]
+fn a_prune_removes_what_killed_writers_left() {
+    let target = tempfile::tempdir().expect("a directory");
+    let (store, scene) = bed(target.path());
+    let chunk = store.chunks().remove(0);
+    let beside = |suffix: &str| std::path::PathBuf::from(format!("{}{suffix}", chunk.display()));
+    let hour = std::time::SystemTime::now() - Duration::from_secs(3600);
+    let list = store.path().join("prune/0011223344556677");
+    std::fs::create_dir_all(&list).expect("a directory");
+    let clock = store.path().join("prune/clock-8899aabbccddeeff");
+    for (path, is_old) in [(beside("#1"), true), (beside("#2"), false), (list.join("0"), false), (clock.clone(), false)]
+    {
+        let file = std::fs::File::create(path).expect("a file");
+        if is_old {
+            file.set_modified(hour).expect("an old file");
+        }
+    }
+    store.cli(["repository", "prune"]).run().success();
+    assert!(!beside("#1").exists() && !list.join("0").exists() && !clock.exists());
+    assert!(beside("#2").exists(), "whoever writes it may be alive");
     goes_on(&store, &scene, 1);
 }
