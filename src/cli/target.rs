@@ -286,18 +286,21 @@ impl UnfinishedBackup {
             Self::Chain { partial, .. } => {
                 let volumes = volumes.into_iter().map(image_volume).collect::<Result<_, _>>()?;
                 let manifest = image::Manifest { format_version: image::FORMAT_VERSION, backup, volumes };
-                let written = manifest.clone();
-                in_background(COMMIT_LIMIT, move || partial.commit(&written)).await.map_err(CliError::Target)?;
+                let (written, complete) = (manifest.clone(), partial.complete_path());
+                if let Err(error) = in_background(COMMIT_LIMIT, move || partial.commit(&written)).await {
+                    // It may have taken effect later than it was waited for.
+                    let looked = in_background(DISCARD_LIMIT, move || image::look_for_backup(&complete));
+                    if looked.await.is_err() {
+                        return Err(CliError::Target(error));
+                    }
+                    tracing::warn!(%error, "the backup is complete, though its commit seemed to fail");
+                }
                 Ok(CompleteBackup::Chain(manifest))
             }
             Self::Repository { session, .. } => {
                 let volumes = volumes.into_iter().map(stored_volume).collect::<Result<_, _>>()?;
                 let manifest = repository::Manifest { format_version: MANIFEST_VERSION, backup, volumes };
-                let committed = tokio::time::timeout(COMMIT_LIMIT, session.commit(&manifest)).await;
-                committed.unwrap_or_else(|_| {
-                    let source = std::io::ErrorKind::TimedOut.into();
-                    Err(repository::RepositoryError::Local { attempt: "finish the backup in the repository", source })
-                })?;
+                session.commit(&manifest, COMMIT_LIMIT).await?;
                 Ok(CompleteBackup::Repository(manifest))
             }
         }

@@ -230,7 +230,9 @@ async fn back_up(
         slow.frozen.lock().unwrap().remove(session.name());
     }
     let root = pipeline.store_plain(super::index::page_bytes(&inherited), None).await?;
-    session.commit(&manifest(vm, sequence, root)).await
+    // Given up in the middle now and then.
+    let limit = Duration::from_secs(if random.next(3) == 0 { random.next(30) } else { 600 });
+    session.commit(&manifest(vm, sequence, root), limit).await
 }
 
 /// Every backup that is there is whole.
@@ -276,7 +278,12 @@ async fn play(seed: u64) {
                     let _ = tokio::time::timeout(Duration::from_millis(random.next(120_000)), run).await;
                 } else if let Err(error) = run.await {
                     assert!(
-                        matches!(error, RepositoryError::SessionLost { .. } | RepositoryError::Busy { .. }),
+                        matches!(
+                            error,
+                            RepositoryError::SessionLost { .. }
+                                | RepositoryError::Busy { .. }
+                                | RepositoryError::Local { .. }
+                        ),
                         "seed {seed}: {error}"
                     );
                 }
