@@ -50,7 +50,7 @@ struct Cli {
 enum Command {
     /// Back up a running VM
     Backup(Box<backup::BackupArgs>),
-    /// List the backups in a directory
+    /// List backups
     List(list::ListArgs),
     /// Check that backups are what they were when they were written
     Verify(verify::VerifyArgs),
@@ -60,7 +60,7 @@ enum Command {
     ServeNbd(serve_nbd::ServeArgs),
     /// Forget backups in a repository, by a rule or by their ids
     Forget(Box<forget::ForgetArgs>),
-    /// Make a repository, show what is in it, manage its passphrases
+    /// Make a repository, show, check and prune it, manage its passphrases
     #[command(subcommand)]
     Repository(repository::RepositoryCommand),
     /// Show a VM's disks, bitmaps, the engine that a backup would use and why, and what earlier runs left
@@ -72,7 +72,7 @@ enum Command {
 }
 
 const EXIT_CODES: &str = "\
-Exit codes: 0 done, 2 wrong usage, 3 VM unreachable, 4 backup failed, 5 damaged backup, 6 other failure of a command,
+Exit codes: 0 done, 2 wrong usage, 3 VM unreachable, 4 backup failed, 5 damaged backup, 6 other failure of a command, \
 130 interrupted, 143 terminated.";
 
 /// Runs the program.
