@@ -23,6 +23,13 @@ pub(super) const CMD_READ: u16 = 0;
 pub(super) const CMD_DISCONNECT: u16 = 2;
 pub(super) const CMD_BLOCK_STATUS: u16 = 7;
 
+/// The answer is one chunk. Without it QEMU looks for holes first, once for every read.
+pub(super) const FLAG_DONT_FRAGMENT: u16 = 1 << 2;
+/// One extent for each context.
+pub(super) const FLAG_ONE_EXTENT: u16 = 1 << 3;
+/// In the export's flags: [`FLAG_DONT_FRAGMENT`] is understood.
+pub(super) const EXPORT_DONT_FRAGMENT: u16 = 1 << 7;
+
 pub(super) const CHUNK_DONE: u16 = 1;
 pub(super) const CHUNK_NONE: u16 = 0;
 pub(super) const CHUNK_DATA: u16 = 1;

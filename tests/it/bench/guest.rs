@@ -180,7 +180,10 @@ fn bench_stop_while_the_repository_is_stalled() {
         backup.finish();
     }
     print_stops("virt-fleece stopped by SIGSTOP at 20 moments of a fast backup", &stops);
-    print_stops("nbdcopy stopped by SIGSTOP for 5 s (it was killed then)", &[stop_beside_nbdcopy(&scene, &mut control)]);
+    print_stops(
+        "nbdcopy stopped by SIGSTOP for 5 s (it was killed then)",
+        &[stop_beside_nbdcopy(&scene, &mut control)],
+    );
 }
 
 /// The peer: a client that lets answers pile up. It is killed after 5 seconds, or this would never end.
@@ -235,7 +238,9 @@ fn bench_cut_and_freeze() {
         cuts.push(report["cut_microseconds"].as_u64().expect("a number") as f64 / 1000.0);
     }
     let (median, maximum) = median_and_maximum(&frozen);
-    println!("file systems frozen by the guest's agent (request to thaw), 50 backups: median {median:.1} ms, maximum {maximum:.1} ms");
+    println!(
+        "file systems frozen by the guest's agent (request to thaw), 50 backups: median {median:.1} ms, maximum {maximum:.1} ms"
+    );
     let (median, maximum) = median_and_maximum(&cuts);
     println!("of that the cut: median {median:.1} ms, maximum {maximum:.1} ms");
 }

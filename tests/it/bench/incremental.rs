@@ -73,7 +73,10 @@ fn incremental(store: &Store, scene: &Scene) -> (f64, Value) {
 #[test]
 #[ignore = "a measurement: bench/run"]
 fn bench_size_of_the_disk() {
-    println!("\n64 MiB in 64 places changed on a sparse disk{:>18} {:>14} {:>18}", "incremental s", "nothing dirty", "first backup s");
+    println!(
+        "\n64 MiB in 64 places changed on a sparse disk{:>18} {:>14} {:>18}",
+        "incremental s", "nothing dirty", "first backup s"
+    );
     let mut times = Vec::new();
     for gib in [4_u64, 64, 1024] {
         let directory = tempfile::tempdir().unwrap();

@@ -89,8 +89,7 @@ fn bench_many_backups() {
     }
     println!("\n{} backups made up in {:.1} s", VMS * EACH, begun.elapsed().as_secs_f64());
     let listed = |arguments: &[&str]| {
-        let runs: Vec<Run> =
-            (0..3).map(|_| run(repository.run(arguments.iter().copied()).into_command())).collect();
+        let runs: Vec<Run> = (0..3).map(|_| run(repository.run(arguments.iter().copied()).into_command())).collect();
         (median(runs.iter().map(|run| run.seconds)), runs.iter().map(|run| run.peak).max().unwrap() >> 20, runs)
     };
     let (seconds, peak, runs) = listed(&["list", "-o", "json"]);
