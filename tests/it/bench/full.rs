@@ -29,6 +29,9 @@ pub(super) const VOLUME: &str = "root";
 /// How often each is measured; the peers take turns.
 const ROUNDS: usize = 3;
 
+/// How nbdcopy reads at the least cost: its own choice takes QEMU two to four times as long.
+const CHEAPEST: [&str; 3] = ["--connections=1", "--requests=4", "--request-size=262144"];
+
 /// Who makes a copy of the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Who {
@@ -66,7 +69,7 @@ impl Who {
             Self::Convert => "qemu-img convert -O qcow2 (no VM)",
             Self::ConvertCompressed => "qemu-img convert -c zstd -m 16 -W (no VM)",
             Self::Nbdcopy => "nbdcopy of an export to a raw file",
-            Self::NbdcopyNowhere => "nbdcopy of an export to nowhere",
+            Self::NbdcopyNowhere => "nbdcopy to nowhere, 1 connection, 4 x 256 KiB",
         }
     }
 }
@@ -134,8 +137,8 @@ impl FullScene {
             Who::PushCompressed => pushed(true),
             Who::Convert => convert(&[]),
             Who::ConvertCompressed => convert(&["-c", "-o", "compression_type=zstd", "-m", "16", "-W"]),
-            Who::Nbdcopy => run(Export::new(&self.scene, VOLUME).nbdcopy(&output)),
-            Who::NbdcopyNowhere => run(Export::new(&self.scene, VOLUME).nbdcopy(Path::new("null:"))),
+            Who::Nbdcopy => run(Export::new(&self.scene, VOLUME).nbdcopy(&[], &output)),
+            Who::NbdcopyNowhere => run(Export::new(&self.scene, VOLUME).nbdcopy(&CHEAPEST, Path::new("null:"))),
         };
         std::fs::remove_file(&output).ok();
         result

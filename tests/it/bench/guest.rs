@@ -17,7 +17,7 @@ use crate::{
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use std::{
-    process::{Child, Command, Stdio},
+    process::{Child, Stdio},
     time::{Duration, Instant},
 };
 use virt_fleece::repository::DEFAULT_CHUNK_SIZE;
@@ -190,7 +190,7 @@ fn bench_stop_while_the_repository_is_stalled() {
 fn stop_beside_nbdcopy(scene: &Scene, control: &mut Control) -> f64 {
     let export = super::push::Export::new(scene, VOLUMES[0]);
     // A reader of nothing: nbdcopy has asked for all that it may, and is stopped before it takes it.
-    let mut copy: Child = export.nbdcopy(std::path::Path::new("-")).stdout(Stdio::piped()).spawn().unwrap();
+    let mut copy: Child = export.nbdcopy(&[], std::path::Path::new("-")).stdout(Stdio::piped()).spawn().unwrap();
     std::thread::sleep(Duration::from_millis(300));
     freeze(copy.id());
     let pid = copy.id();

@@ -83,9 +83,10 @@ impl Export {
         Self { control, socket }
     }
 
-    /// `nbdcopy` from it.
-    pub(super) fn nbdcopy(&self, to: &Path) -> Command {
+    /// `nbdcopy` from it, with these options.
+    pub(super) fn nbdcopy(&self, options: &[&str], to: &Path) -> Command {
         let mut command = Command::new("nbdcopy");
+        command.args(options);
         command.arg(format!("nbd+unix:///disk?socket={}", self.socket.display())).arg(to);
         command
     }
