@@ -146,8 +146,11 @@ fn freeze(pid: u32) {
 fn bench_stop_while_the_repository_is_stalled() {
     let scene = Scene::new(Flavour::Next, false);
     let mut control = scene.vm.control();
-    for (volume, size) in VOLUMES.iter().zip(SIZES) {
-        scene.vm.io(&mut control, volume, &format!("write -P 7 0 {}", size / 4096 * 4096));
+    // Nothing that is alike: the repository would have it after the first chunk.
+    let content = scene.vm.directory().join("content");
+    std::fs::write(&content, super::content::noise(1, 32 << 20)).unwrap();
+    for volume in VOLUMES {
+        scene.vm.io(&mut control, volume, &format!("write -s {} 0 32M", content.display()));
     }
     println!("\nQMP stop, 20 times{:48} {:>9} {:>9}", "", "median ms", "max ms");
     let twenty = |control: &mut Control| -> Vec<f64> { (0..20).map(|_| stop(control)).collect() };
