@@ -277,6 +277,7 @@ async fn copy(
                 },
                 unit,
                 bandwidth: bandwidth.clone(),
+                socket: None,
             };
             let slots = Arc::clone(&slots);
             async move {
@@ -286,6 +287,8 @@ async fn copy(
                     .set_nonblocking(true)
                     .and_then(|()| tokio::net::UnixStream::from_std(stream))
                     .map_err(SessionError::local("connecting to QEMU's NBD server"))?;
+                let socket = rustix::fs::fstat(&stream).ok().map(|socket| socket.st_ino);
+                let request = PullRequest { socket, ..request };
                 match pull(stream, &request, sink, progress).await {
                     Ok(summary) => Ok((index, summary)),
                     Err(source) => Err(CliError::Volume { volume: disk.volume.name.clone(), source }),

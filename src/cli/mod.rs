@@ -94,7 +94,11 @@ pub fn main() -> ExitCode {
         }
     };
     let output = cli.command.output();
-    let result = runtime.block_on(run(cli.command));
+    // On a worker of the runtime, which waits for sockets itself: this thread would have to be woken for each answer.
+    let result = match runtime.block_on(runtime.spawn(run(cli.command))) {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+    };
     // A thread that hangs in a dead target must not keep the program.
     runtime.shutdown_background();
     match result {

@@ -35,6 +35,13 @@ impl Store {
         Self { url, directory, environment: Vec::new(), s3: None }.init(chunk_size)
     }
 
+    /// Below this directory.
+    pub(crate) fn within(parent: &Path, chunk_size: u64) -> Self {
+        let directory = tempfile::tempdir_in(parent).expect("a directory");
+        let url = directory.path().join("repository").display().to_string();
+        Self { url, directory, environment: Vec::new(), s3: None }.init(chunk_size)
+    }
+
     /// In an S3 server, behind a proxy.
     pub(crate) fn s3(chunk_size: u64) -> Self {
         let directory = tempfile::tempdir().expect("a directory");

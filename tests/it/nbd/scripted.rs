@@ -16,6 +16,8 @@ pub(crate) const BITMAP: u32 = 6;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Request {
     pub(crate) command: u16,
+    /// The answer is to be one extent.
+    pub(crate) one: bool,
     pub(crate) cookie: u64,
     pub(crate) offset: u64,
     pub(crate) length: u64,
@@ -54,8 +56,9 @@ impl Request {
         self.data(true, self.offset, &bytes)
     }
 
-    /// Block status of one context: lengths and flags.
+    /// Block status of one context: lengths and flags. Only the first when it was asked for alone.
     pub(crate) fn status(self, done: bool, context: u32, extents: &[(u64, u32)]) -> Vec<u8> {
+        let extents = if self.one { &extents[..1] } else { extents };
         let mut payload = context.to_be_bytes().to_vec();
         for &(length, flags) in extents {
             payload.extend(u32::try_from(length).unwrap().to_be_bytes());
@@ -96,12 +99,18 @@ pub(crate) fn serve(size: u64, mut script: impl FnMut(Request) -> Option<Vec<u8>
 /// The next request, `None` at the end.
 pub(crate) async fn receive(server: &mut UnixStream) -> Option<Request> {
     assert_eq!(server.read_u32().await.ok()?, 0x2560_9513);
-    assert_eq!(server.read_u16().await.ok()?, 0, "flags");
+    let flags = server.read_u16().await.ok()?;
     let command = server.read_u16().await.ok()?;
     let cookie = server.read_u64().await.ok()?;
     let offset = server.read_u64().await.ok()?;
     let length = u64::from(server.read_u32().await.ok()?);
-    Some(Request { command, cookie, offset, length })
+    let known = match command {
+        READ => flags == 1 << 2,
+        STATUS => flags & !(1 << 3) == 0,
+        _ => flags == 0,
+    };
+    assert!(known, "command {command} with flags {flags:#x}");
+    Some(Request { command, one: flags & 1 << 3 != 0, cookie, offset, length })
 }
 
 /// A reply to an option, honest or not.
