@@ -5,6 +5,7 @@
 //! wants of the agent on a node, [`Run`] what that agent did. An admission policy holds the agents to their part.
 
 #![allow(unreachable_pub, reason = "`KubeSchema` makes a hidden copy of each type inside a function")]
+#![allow(clippy::doc_markdown, reason = "`kubectl explain` prints these texts as they are")]
 
 mod backup;
 mod backup_status;
