@@ -51,6 +51,15 @@ pub enum CliError {
     /// A guest agent was required and cannot be reached.
     #[error("the guest agent cannot be reached")]
     GuestAgent(#[from] crate::guest_agent::GuestAgentError),
+    /// The cluster cannot be spoken to.
+    #[error("the cluster cannot be spoken to")]
+    Cluster(#[source] Box<kube::Error>),
+    /// The controller failed.
+    #[error(transparent)]
+    Controller(#[from] crate::controller::ControllerError),
+    /// Metrics and health cannot be served.
+    #[error(transparent)]
+    Operator(#[from] crate::operator::ServeError),
     /// A signal ended it.
     #[error("{signal}: the backup was given up, the VM was left as it was before")]
     Signal {
@@ -76,7 +85,12 @@ impl CliError {
             | Self::Repository(
                 RepositoryError::BadUrl { .. } | RepositoryError::Invalid(_) | RepositoryError::WrongPassphrase { .. },
             ) => 2,
-            Self::Image(_) | Self::Repository(_) | Self::Serve(_) => 6,
+            Self::Image(_)
+            | Self::Repository(_)
+            | Self::Serve(_)
+            | Self::Cluster(_)
+            | Self::Controller(_)
+            | Self::Operator(_) => 6,
             Self::Signal { code, .. } => *code,
             _ => 4,
         }
@@ -94,6 +108,9 @@ impl Reason for CliError {
             Self::Serve(error) => error.reason(),
             Self::Stalled { .. } => "TargetStalled",
             Self::GuestAgent(error) => error.reason(),
+            Self::Cluster(_) => "ClusterUnreachable",
+            Self::Controller(error) => error.reason(),
+            Self::Operator(error) => error.reason(),
             Self::Signal { .. } => "Cancelled",
             Self::Usage(_) => "Usage",
         }
@@ -105,6 +122,8 @@ impl Reason for CliError {
             Self::Session(error) => error.retry(),
             Self::Repository(error) => error.retry(),
             Self::Serve(error) => error.retry(),
+            Self::Controller(error) => error.retry(),
+            Self::Operator(error) => error.retry(),
             Self::Usage(_) => Retry::Terminal,
             _ => Retry::Backoff,
         }
