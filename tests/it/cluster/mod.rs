@@ -9,11 +9,12 @@ mod client;
 mod server;
 mod tests;
 
-pub(crate) use client::{BoundTo, Kubectl};
+pub(crate) use client::{BoundTo, Helm, Kubectl};
 pub(crate) use server::Server;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 use std::{env, fs};
 
 use tempfile::TempDir;
@@ -95,7 +96,13 @@ impl Cluster {
         let directory = scripts().join("kubevirt");
         let directory = directory.to_str().expect("a path in UTF-8");
         self.admin().run(["apply", "--server-side", "-f", directory]);
-        self.admin().run(["wait", "--for=condition=Established", "--timeout=30s", "crd", "--all"]);
+        // kubectl fails rather than waits while a definition has no conditions at all.
+        let wait = ["wait", "--for=condition=Established", "--timeout=30s", "crd", "--all"];
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while let Err(error) = self.admin().attempt(wait) {
+            assert!(Instant::now() < deadline, "{error}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
     }
 
     /// Registers a node. Nothing runs there.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::{BoundTo, Cluster, Kubectl, Server};
+use super::{BoundTo, Cluster, Helm, Kubectl, Server};
 
 /// A virtual machine with a disk of each kind that is told apart.
 const MACHINE: &str = "
@@ -96,7 +96,7 @@ fn with_kubevirt() -> Cluster {
 /// Asserts that the API server refuses to serve this, and for want of a right.
 fn assert_forbidden(result: Result<String, String>) {
     let error = result.expect_err("it was allowed");
-    assert!(error.contains("(Forbidden)"), "{error}");
+    assert!(error.contains(" is forbidden: "), "{error}");
 }
 
 /// The names of all objects of a kind in `shop`.
@@ -255,4 +255,33 @@ fn what_nobody_granted_is_forbidden() {
     let kubelet = cluster.user("system:node:node-a", &["system:nodes"]);
     kubelet.run(["annotate", "node", "node-a", "a=b"]);
     assert_forbidden(kubelet.attempt(["annotate", "node", "node-b", "a=b"]));
+}
+
+#[test]
+fn helm_installs_upgrades_and_uninstalls() {
+    let cluster = Cluster::start();
+    cluster.create_namespace("shop");
+    let chart = tempfile::tempdir().expect("a directory");
+    std::fs::create_dir(chart.path().join("templates")).expect("a directory");
+    let write = |name: &str, text: &str| std::fs::write(chart.path().join(name), text).expect("a file of the chart");
+    write("Chart.yaml", "apiVersion: v2\nname: greeting\nversion: 1.0.0\n");
+    write("values.yaml", "word: hello\n");
+    write(
+        "templates/configmap.yaml",
+        "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: {{ .Release.Name }}}\ndata: {word: {{ .Values.word }}}\n",
+    );
+
+    let admin = cluster.admin();
+    let chart = chart.path().to_str().expect("a path in UTF-8");
+    for helm in [Helm::Four, Helm::Three] {
+        let run = |arguments: &[&str]| admin.helm(helm, [&["-n", "shop"], arguments].concat()).expect("Helm");
+        let word = || admin.get(&["-n", "shop", "configmap", "greeting"])["data"]["word"].clone();
+        run(&["install", "greeting", chart]);
+        assert_eq!(word(), "hello");
+        run(&["upgrade", "greeting", chart, "--set", "word=goodbye"]);
+        assert_eq!(word(), "goodbye");
+        run(&["uninstall", "greeting"]);
+        assert!(!names(&admin, "configmaps").contains("greeting"));
+        assert!(!names(&admin, "secrets").contains("greeting"));
+    }
 }
