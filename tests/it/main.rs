@@ -3,6 +3,7 @@
 mod bed;
 mod bench;
 mod chain;
+mod cluster;
 mod crash;
 mod dependencies;
 mod faults;
