@@ -12,6 +12,7 @@
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("sizes of disks and files are taken for addressable: build for a 64-bit target");
 
+pub mod agent;
 pub mod api;
 pub mod backup;
 pub mod chain;
@@ -26,3 +27,4 @@ pub mod nbd;
 pub mod qmp;
 pub mod reason;
 pub mod repository;
+pub mod run;

@@ -1,5 +1,6 @@
 //! The command line: one file per command.
 
+mod agent;
 mod backup;
 mod backup_run;
 mod check;
@@ -10,8 +11,8 @@ mod forget;
 mod forget_plan;
 mod inspect;
 mod list;
+mod mover;
 mod output;
-mod priority;
 mod progress;
 mod prune;
 mod recover;
@@ -68,6 +69,10 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Remove what a backup that was killed left in a VM, and release the guest
     Recover(recover::RecoverArgs),
+    /// Carry out the backups of a node's VMs (in the operator's DaemonSet)
+    Agent(Box<agent::AgentArgs>),
+    /// Store what an agent reads (in a pod that the operator's controller makes)
+    Mover(mover::MoverArgs),
     /// Print the custom resource definitions of the operator
     Crds(crds::CrdsArgs),
     #[command(hide = true, name = crate::fleecing::guardian::SUBCOMMAND)]
@@ -124,6 +129,8 @@ async fn run(command: Command) -> Result<ExitCode, CliError> {
         Command::Repository(command) => repository::run(command).await,
         Command::Inspect(args) => inspect::run(args).await,
         Command::Recover(args) => recover::run(args).await,
+        Command::Agent(args) => agent::run(*args).await,
+        Command::Mover(args) => mover::run(args).await,
         Command::Crds(args) => crds::run(&args),
         Command::Guardian { .. } => Ok(ExitCode::SUCCESS),
     }
@@ -141,7 +148,7 @@ impl Command {
             Self::Repository(command) => command.output(),
             Self::Inspect(args) => args.output,
             Self::Recover(args) => args.output,
-            Self::Crds(_) | Self::Guardian { .. } => Output::Text,
+            Self::Agent(_) | Self::Mover(_) | Self::Crds(_) | Self::Guardian { .. } => Output::Text,
         }
     }
 }
