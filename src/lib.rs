@@ -13,6 +13,7 @@
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("sizes of disks and files are taken for addressable: build for a 64-bit target");
 
+pub mod agent;
 pub mod api;
 pub mod backup;
 pub mod chain;
@@ -29,3 +30,4 @@ pub mod operator;
 pub mod qmp;
 pub mod reason;
 pub mod repository;
+pub mod run;

@@ -1,5 +1,6 @@
 //! The command line: one file per command.
 
+mod agent;
 mod backup;
 mod backup_run;
 mod check;
@@ -11,8 +12,8 @@ mod forget;
 mod forget_plan;
 mod inspect;
 mod list;
+mod mover;
 mod output;
-mod priority;
 mod progress;
 mod prune;
 mod recover;
@@ -72,6 +73,10 @@ enum Command {
     Recover(recover::RecoverArgs),
     /// Run the operator's controller in a cluster
     Controller(controller::ControllerArgs),
+    /// Carry out the backups of a node's VMs (in the operator's DaemonSet)
+    Agent(Box<agent::AgentArgs>),
+    /// Store what an agent reads (in a pod that the operator's controller makes)
+    Mover(mover::MoverArgs),
     /// Print the custom resource definitions of the operator
     Crds(crds::CrdsArgs),
     #[command(hide = true, name = crate::fleecing::guardian::SUBCOMMAND)]
@@ -132,6 +137,8 @@ async fn run(command: Command) -> Result<ExitCode, CliError> {
         Command::Inspect(args) => inspect::run(args).await,
         Command::Recover(args) => recover::run(args).await,
         Command::Controller(args) => controller::run(args).await,
+        Command::Agent(args) => agent::run(*args).await,
+        Command::Mover(args) => mover::run(args).await,
         Command::Crds(args) => crds::run(&args),
         Command::Guardian { .. } => Ok(ExitCode::SUCCESS),
     }
@@ -157,7 +164,7 @@ impl Command {
             Self::Repository(command) => command.output(),
             Self::Inspect(args) => args.output,
             Self::Recover(args) => args.output,
-            Self::Controller(_) | Self::Crds(_) | Self::Guardian { .. } => Output::Text,
+            Self::Controller(_) | Self::Agent(_) | Self::Mover(_) | Self::Crds(_) | Self::Guardian { .. } => Output::Text,
         }
     }
 }

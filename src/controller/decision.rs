@@ -375,6 +375,9 @@ fn ended(status: &VirtualMachineBackupStatus, outcome: Option<&MoverOutcome>, ot
 /// Reasons of an abort that are no fault of the backup.
 fn is_cut_short(reason: &str) -> bool {
     let reasons = [
+        // An agent that was told to end, for an upgrade, say.
+        reason::AGENT_RESTARTED,
+        reason::ASSIGNMENT_WITHDRAWN,
         reason::MIGRATING,
         reason::EVACUATING,
         reason::LAUNCHER_TERMINATING,

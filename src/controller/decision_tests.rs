@@ -393,6 +393,7 @@ fn when_the_agent_is_done() {
         ("drained", aborted("Evacuating"), "cut Evacuating 10"),
         ("the VM stopped", aborted("LauncherTerminating"), "cut LauncherTerminating 10"),
         ("the agent's own clock", aborted("DeadlineExceeded"), "fail DeadlineExceeded"),
+        ("the agent was told to end", aborted("AgentRestarted"), "cut AgentRestarted 10"),
         ("some other reason", aborted("FleeceFull"), "failed FleeceFull 10"),
         (
             "the agent restarted, and the mover may yet commit",

@@ -61,7 +61,7 @@ impl ControllerError {
 }
 
 impl Reason for ControllerError {
-    fn reason(&self) -> &'static str {
+    fn reason(&self) -> &str {
         match self {
             Self::NotLeader => "NotLeader",
             Self::NoAnswer { .. } => "NoAnswer",

@@ -43,6 +43,7 @@ pub(super) mod reason {
     pub(crate) const AGENT_NOT_RESPONDING: &str = "AgentNotResponding";
     pub(crate) const AGENT_LOST: &str = "AgentLost";
     pub(crate) const AGENT_RESTARTED: &str = "AgentRestarted";
+    pub(crate) const ASSIGNMENT_WITHDRAWN: &str = "AssignmentWithdrawn";
     pub(crate) const FROZEN: &str = "Frozen";
     pub(crate) const NOT_FROZEN: &str = "NotFrozen";
     // Repositories.

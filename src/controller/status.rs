@@ -112,7 +112,7 @@ pub(super) fn waiting(
 pub(super) fn started(backup: &VirtualMachineBackup, now: Timestamp) -> Status {
     let mut status = present(backup);
     status.attempts = Some(status.attempts.unwrap_or(0).saturating_add(1));
-    (status.retry_after, status.assignment) = (None, None);
+    (status.retry_after, status.assignment, status.active_node) = (None, None, None);
     forget_run(&mut status);
     let message = "the mover pod is being made";
     going_on(&mut status, BackupPhase::Preparing, reason::MOVER_STARTING, message, now);
@@ -130,6 +130,7 @@ pub(super) fn assigned(backup: &VirtualMachineBackup, assignment: Assignment, no
     let mut status = present(backup);
     let message = format!("the agent on node {} is to begin", assignment.node_name);
     status.repository_vm = Some(assignment.repository_vm.clone());
+    status.active_node = Some(assignment.node_name.clone());
     status.assignment = Some(assignment);
     going_on(&mut status, BackupPhase::Preparing, reason::AWAITING_AGENT, &message, now);
     status
@@ -155,7 +156,8 @@ pub(super) fn attempt_over(
     now: Timestamp,
 ) -> Status {
     let mut status = present(backup);
-    status.assignment = None;
+    // Without it the agent has nothing to do with the backup any more, and stops whatever it still does.
+    (status.assignment, status.active_node) = (None, None);
     forget_run(&mut status);
     if failure {
         status.failures = Some(status.failures.unwrap_or(0).saturating_add(1));
@@ -199,7 +201,7 @@ pub(super) fn completed(backup: &VirtualMachineBackup, mover: Option<&MoverFact>
         None => "complete and durable".into(),
     };
     status.progress = Some("100%".into());
-    (status.retry_after, status.completion_time) = (None, Some(Time(now)));
+    (status.retry_after, status.completion_time, status.active_node) = (None, Some(Time(now)), None);
     unset(&mut status, kinds::RECONCILING);
     set(&mut status, kinds::READY, ConditionStatus::True, reason::COMPLETED, &message, now);
     set(&mut status, kinds::COMPLETE, ConditionStatus::True, reason::COMPLETED, &message, now);
@@ -211,7 +213,7 @@ pub(super) fn completed(backup: &VirtualMachineBackup, mover: Option<&MoverFact>
 pub(super) fn failed(backup: &VirtualMachineBackup, reason: &str, message: &str, now: Timestamp) -> Status {
     let mut status = present(backup);
     let (why, message) = (word(reason), text(message));
-    (status.retry_after, status.completion_time) = (None, Some(Time(now)));
+    (status.retry_after, status.completion_time, status.active_node) = (None, Some(Time(now)), None);
     unset(&mut status, kinds::RECONCILING);
     set(&mut status, kinds::READY, ConditionStatus::False, &why, &message, now);
     set(&mut status, kinds::STALLED, ConditionStatus::True, &why, &message, now);
