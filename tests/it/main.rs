@@ -17,6 +17,8 @@ mod libvirt_daemon;
 mod made_up_repository;
 mod matrix;
 mod nbd;
+mod node;
+mod operator;
 mod pull;
 mod repository;
 mod repository_cli;

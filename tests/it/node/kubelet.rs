@@ -140,9 +140,8 @@ impl Looks {
                     "apiVersion": "v1", "kind": "Binding", "metadata": {"name": pod.name_any()},
                     "target": {"apiVersion": "v1", "kind": "Node", "name": self.node},
                 });
-                let body = serde_json::to_vec(&binding).expect("JSON");
                 let created: Result<serde_json::Value, _> =
-                    api.create_subresource("binding", &pod.name_any(), &Default::default(), body).await;
+                    api.create_subresource("binding", &pod.name_any(), &Default::default(), &binding).await;
                 drop(created);
             } else if spec.node_name.as_deref() == Some(&self.node)
                 && phase == "Pending"
@@ -264,7 +263,7 @@ async fn report(api: &Api<Pod>, pod: &Pod, phase: &str, state: &serde_json::Valu
 }
 
 /// A client with the credentials of a file.
-pub(crate) async fn client(kubeconfig: &Path) -> Client {
+pub(super) async fn client(kubeconfig: &Path) -> Client {
     let file = Kubeconfig::read_from(kubeconfig).expect("a kubeconfig");
     let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.expect("a kubeconfig");
     Client::try_from(config).expect("a client")
