@@ -105,8 +105,11 @@ impl Admission {
 
     /// Asks for a place. The answer is no as well when another one that waits is to have it.
     pub(super) fn ask(&mut self, request: Request) -> Answer {
-        if self.running.contains_key(&request.uid) {
-            return Answer::Granted;
+        match self.running.get(&request.uid) {
+            Some(place) if place.node == request.node => return Answer::Granted,
+            // It had one elsewhere: the VM has moved.
+            Some(_) => drop(self.running.remove(&request.uid)),
+            None => {}
         }
         let (uid, asked) = (request.uid.clone(), request.clone());
         self.waiting.insert(uid.clone(), request);
@@ -263,6 +266,17 @@ mod tests {
         assert_eq!(denied(&admission.ask(request("a", "3", 1, "n1"))), "NodeBusy");
         // A stopped VM's mover has no node beforehand.
         assert_eq!(admission.ask(request("a", "4", 1, "")), Answer::Granted);
+    }
+
+    #[test]
+    fn a_place_is_one_on_a_certain_node() {
+        let mut admission = Admission::new(1);
+        admission.enter(request("a", "1", 9, "n1"));
+        admission.enter(request("a", "2", 8, "n2"));
+        assert_eq!(admission.ask(request("a", "1", 9, "n1")), Answer::Granted);
+        // Its VM has moved to where there is no room.
+        assert_eq!(denied(&admission.ask(request("a", "1", 9, "n2"))), "NodeBusy");
+        assert_eq!(admission.ask(request("a", "3", 1, "n1")), Answer::Granted, "the old place is free");
     }
 
     #[test]

@@ -246,11 +246,8 @@ impl Look<'_> {
         }
         let started = status::started(self.backup, self.second());
         let attempt = started.attempts.unwrap_or(1);
-        if let Err(error) = write::status(self.context, self.backup, &started).await {
-            // It keeps nothing that others could use.
-            self.context.give_back(&self.uid, false);
-            return Err(error);
-        }
+        // On an error the place is kept: it may have been written after all, or by an earlier look. The next one sees.
+        write::status(self.context, self.backup, &started).await?;
         self.context.metrics.attempts.inc();
         let place = place.node().map_or("of the stopped VM".to_owned(), |node| format!("on node {node}"));
         tracing::info!(attempt, place, "an attempt begins");

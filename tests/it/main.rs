@@ -4,6 +4,7 @@ mod bed;
 mod bench;
 mod chain;
 mod cluster;
+mod controller;
 mod crash;
 mod dependencies;
 mod faults;
