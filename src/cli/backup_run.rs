@@ -273,6 +273,7 @@ async fn copy(
                 },
                 unit,
                 bandwidth: bandwidth.clone(),
+                discard: session.discards(),
             };
             let slots = Arc::clone(&slots);
             async move {

@@ -146,6 +146,17 @@ impl Session {
         self.budget
     }
 
+    /// Whether what was read is discarded from the snapshot: the guest's later writes there are not slowed by a copy any
+    /// more, and the fleece shrinks.
+    ///
+    /// A copy that is under way at that very moment may land in the fleece behind the discard, where the space reserved
+    /// for it is free for others by now. Where a full fleece hits the guest, reserved space is therefore kept.
+    pub fn discards(&self) -> bool {
+        let may = self.engine.guest_safe || self.budget != Budget::Reserved;
+        // For tests that compare.
+        self.engine.discards && may && std::env::var_os("VIRT_FLEECE_TEST_NO_DISCARD").is_none()
+    }
+
     async fn prepare_all(&mut self, disks: Vec<(Volume, VolumePlan)>) -> Result<(), SessionError> {
         self.note(&Entry::Begin(self.begin.clone()))?;
         for (index, (volume, plan)) in disks.into_iter().enumerate() {
@@ -181,6 +192,7 @@ impl Session {
             locking: "off",
             // The fleece dies with the session: nothing of it has to reach the disk.
             cache: Some(CacheOptions { direct: false, no_flush: true }),
+            discard: self.engine.discards.then_some("unmap"),
         };
         if self.engine.view == View::SnapshotAccess {
             let add = BlockdevAdd { node_name: slot.fleece(), options: file };
@@ -393,7 +405,8 @@ impl Session {
             let slot = self.disks[index].slot;
             if self.engine.view == View::SnapshotAccess {
                 self.note(&Entry::OpenSnapshot(slot.0))?;
-                let options = NodeOptions::SnapshotAccess { file: slot.filter() };
+                let options =
+                    NodeOptions::SnapshotAccess { file: slot.filter(), discard: self.discards().then_some("unmap") };
                 let add = BlockdevAdd { node_name: slot.snapshot(), options };
                 self.qmp.execute(&add).await.map_err(SessionError::qmp("opening the snapshot"))?;
             }
@@ -409,7 +422,8 @@ impl Session {
                 id: slot.export(),
                 node_name,
                 name: slot.export(),
-                writable: false,
+                // Writes through a snapshot fail; this allows discards, and nothing else.
+                writable: self.discards(),
                 bitmaps: bitmap
                     .map(|name| BitmapSource(BitmapRef { node: disk.volume.format_node.clone(), name }))
                     .into_iter()

@@ -3,6 +3,7 @@
 mod asked;
 mod bandwidth;
 mod pull;
+mod trim;
 
 pub use bandwidth::Bandwidth;
 pub use pull::{PullError, PullProgress, PullRequest, PullSummary, pull};

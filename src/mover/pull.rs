@@ -4,7 +4,7 @@
 //! thread of its own and may hang in the kernel for as long as its target does. Between them stand buffers of bounded
 //! number: a read is asked for only when there is one for its reply, so back-pressure of the target ends here.
 
-use super::{Bandwidth, asked::Asked};
+use super::{Bandwidth, asked::Asked, trim::Trims};
 use crate::{
     extent::{ByteRange, Piece, Run, Work, align, intersection, plan},
     image::{ImageError, ImageSink, SinkSummary},
@@ -46,6 +46,8 @@ pub struct PullRequest {
     pub always: Option<ByteRange>,
     /// Shared limit.
     pub bandwidth: Option<Arc<Bandwidth>>,
+    /// Discard what was read, or needs no reading, if the export allows it. The export is of no use afterwards.
+    pub discard: bool,
 }
 
 /// How far a pull is; read by whoever shows it.
@@ -115,6 +117,7 @@ pub async fn pull<S: AsyncRead + AsyncWrite + Unpin>(
         // A shorter one would pass for a whole disk.
         return Err(NbdError::Protocol(format!("an export of {} bytes for a disk of {size}", client.size())).into());
     }
+    let trims = Some(client.size()).filter(|_| request.discard && client.can_trim()).and_then(Trims::new);
     let (pieces, outcome) = start_sink(sink)?;
     let mut reader = Reader {
         size: client.size(),
@@ -125,6 +128,7 @@ pub async fn pull<S: AsyncRead + AsyncWrite + Unpin>(
         buffers: Arc::new(Semaphore::new(BUFFERS)),
         credit: nbd::credit(),
         asked: VecDeque::new(),
+        trims,
         dirty_bytes: 0,
         read_bytes: 0,
     };
@@ -185,6 +189,7 @@ struct Reader<'a, S> {
     buffers: Arc<Semaphore>,
     credit: u64,
     asked: VecDeque<Asked>,
+    trims: Option<Trims>,
     dirty_bytes: u64,
     read_bytes: u64,
 }
@@ -192,14 +197,22 @@ struct Reader<'a, S> {
 impl<S: AsyncRead + AsyncWrite + Unpin> Reader<'_, S> {
     async fn run(&mut self) -> Result<(), PullError> {
         let mut total = 0;
+        let mut trims = self.trims.take();
         self.walk(|work| {
             total += work.iter().filter(|(_, kind)| *kind == Work::Read).map(|(range, _)| range.len()).sum::<u64>();
+            trims.iter_mut().for_each(|trims| trims.keep(work));
         })
         .await?;
+        self.trims = trims;
         self.progress.total.store(total, Ordering::Relaxed);
+        self.trim_early().await?;
         let mut at = 0;
         while at < self.size {
-            let (work, end) = self.window(at).await?;
+            let (work, end) = match &self.trims {
+                // No state may be asked for any more where something was discarded.
+                Some(trims) => trims.work(at, WINDOW),
+                None => self.window(at).await?,
+            };
             for (range, kind) in work {
                 self.dirty_bytes += range.len();
                 match kind {
@@ -215,6 +228,39 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<'_, S> {
             }
             self.drain().await?;
             at = end;
+            self.trim(at).await?;
+        }
+        Ok(())
+    }
+
+    /// Discards what will not be read. The guest may write there the whole time.
+    async fn trim_early(&mut self) -> Result<(), PullError> {
+        let mut at = 0;
+        while let Some(end) = self.trims.as_mut().and_then(|trims| trims.begin(at)) {
+            at = end;
+            self.send_trims().await?;
+            while self.trims.as_ref().is_some_and(Trims::is_full) {
+                self.receive().await?;
+                self.send_trims().await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Discards what lies before `end`: it was read and handed on, or needed no reading. Waits for nothing.
+    async fn trim(&mut self, end: u64) -> Result<(), PullError> {
+        if let Some(trims) = &mut self.trims {
+            trims.passed(end);
+            trims.bound();
+        }
+        self.send_trims().await
+    }
+
+    async fn send_trims(&mut self) -> Result<(), PullError> {
+        let Some(trims) = &mut self.trims else { return Ok(()) };
+        while let Some(range) = trims.next() {
+            let length = u32::try_from(range.len()).unwrap_or(0);
+            trims.asked(self.client.ask_trim(range.start(), length).await?);
         }
         Ok(())
     }
@@ -330,7 +376,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<'_, S> {
 
     fn outstanding(&self) -> u64 {
         // Each reply has some dozens of bytes of headers.
-        self.asked.iter().filter(|asked| !asked.done).map(|asked| asked.range.len() - asked.received + 64).sum()
+        let reads = self.asked.iter().filter(|asked| !asked.done);
+        let reads: u64 = reads.map(|asked| asked.range.len() - asked.received + 64).sum();
+        reads + self.trims.as_ref().map_or(0, Trims::outstanding)
     }
 
     async fn drain(&mut self) -> Result<(), PullError> {
@@ -343,6 +391,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<'_, S> {
     /// Takes one chunk, and hands on what is complete, in order.
     async fn receive(&mut self) -> Result<(), PullError> {
         let chunk = self.client.receive(nbd::REQUEST).await?;
+        if self.trims.as_mut().is_some_and(|trims| trims.answered(&chunk)) {
+            return Ok(());
+        }
         let stray = || PullError::from(NbdError::Protocol("an answer that nobody asked for".into()));
         let asked =
             self.asked.iter_mut().find(|asked| asked.cookie == chunk.cookie && !asked.done).ok_or_else(stray)?;
@@ -376,6 +427,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<'_, S> {
             self.progress.read.store(self.read_bytes, Ordering::Relaxed);
             let piece = Piece::Data { offset: asked.range.start(), bytes: Bytes::from(asked.bytes) };
             self.deliver(piece, asked.buffer)?;
+            self.trim(asked.range.end()).await?;
         }
         Ok(())
     }

@@ -65,7 +65,10 @@ pub struct StatusExtent {
 pub struct NbdClient<S = UnixStream> {
     stream: BufReader<S>,
     size: u64,
+    flags: u16,
     contexts: Vec<u32>,
+    /// Discards that are not answered yet.
+    trims: Vec<u64>,
     next_cookie: u64,
 }
 
@@ -74,12 +77,24 @@ impl<S: AsyncRead + AsyncWrite + Unpin> NbdClient<S> {
     pub async fn connect(stream: S, export: &str, contexts: &[String]) -> Result<Self, NbdError> {
         let mut stream = BufReader::with_capacity(16 << 10, stream);
         let settled = handshake::negotiate(&mut stream, export, contexts).await?;
-        Ok(Self { stream, size: settled.size, contexts: settled.contexts, next_cookie: 1 })
+        Ok(Self {
+            stream,
+            size: settled.size,
+            flags: settled.flags,
+            contexts: settled.contexts,
+            trims: Vec::new(),
+            next_cookie: 1,
+        })
     }
 
     /// Bytes of the export.
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// Whether the export lets clients discard ranges.
+    pub fn can_trim(&self) -> bool {
+        self.flags & EXPORT_SEND_TRIM != 0 && self.flags & EXPORT_READ_ONLY == 0
     }
 
     /// Asks for bytes; the cookie of the request.
@@ -90,6 +105,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> NbdClient<S> {
     /// Asks for the state of a range.
     pub async fn ask_status(&mut self, offset: u64, length: u32) -> Result<u64, NbdError> {
         self.ask(CMD_BLOCK_STATUS, offset, length).await
+    }
+
+    /// Asks to discard a range. What was discarded can neither be read any more, nor its state be asked for.
+    pub async fn ask_trim(&mut self, offset: u64, length: u32) -> Result<u64, NbdError> {
+        let cookie = self.ask(CMD_TRIM, offset, length).await?;
+        self.trims.push(cookie);
+        Ok(cookie)
     }
 
     /// Says good-bye.
@@ -113,6 +135,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> NbdClient<S> {
     /// The next chunk. `longest` bounds its data, in bytes: the longest request outstanding.
     pub async fn receive(&mut self, longest: u64) -> Result<Chunk, NbdError> {
         let magic = self.stream.read_u32().await?;
+        if magic == MAGIC_SIMPLE && !self.trims.is_empty() {
+            // QEMU's answer to a discard; it is no answer to what has content.
+            let errno = self.stream.read_u32().await?;
+            let cookie = self.stream.read_u64().await?;
+            let known = self.trims.iter().position(|trim| *trim == cookie);
+            let known = known.ok_or_else(|| NbdError::Protocol("a simple reply to a structured request".into()))?;
+            self.trims.swap_remove(known);
+            let content = if errno == 0 { Content::None } else { Content::Error { errno } };
+            return Ok(Chunk { cookie, done: true, content });
+        }
         if magic != MAGIC_STRUCTURED {
             return Err(NbdError::Protocol(format!("reply magic {magic:#x}")));
         }
@@ -160,7 +192,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> NbdClient<S> {
             }
             kind => return Err(NbdError::Protocol(format!("a chunk of type {kind}"))),
         };
-        Ok(Chunk { cookie, done: flags & CHUNK_DONE != 0, content })
+        let done = flags & CHUNK_DONE != 0;
+        self.trims.retain(|trim| *trim != cookie || !done);
+        Ok(Chunk { cookie, done, content })
     }
 
     async fn status(&mut self, count: u32) -> Result<Content, NbdError> {

@@ -9,6 +9,8 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 pub(super) struct Settled {
     /// Bytes of the export.
     pub(super) size: u64,
+    /// What the export can do.
+    pub(super) flags: u16,
     /// Ids of the contexts, in the order in which they were asked for.
     pub(super) contexts: Vec<u32>,
 }
@@ -57,7 +59,7 @@ pub(super) async fn negotiate(
     let mut payload = sized(export);
     payload.extend(0_u16.to_be_bytes());
     option(stream, OPT_GO, &payload).await?;
-    let mut size = None;
+    let mut export = None;
     for count in 0.. {
         let (kind, body) = reply(stream, OPT_GO, "the export").await?;
         if kind == REP_ACK {
@@ -67,14 +69,14 @@ pub(super) async fn negotiate(
         if kind == REP_INFO && body.len() == 12 && body[..2] == INFO_EXPORT.to_be_bytes() {
             let mut bytes = [0; 8];
             bytes.copy_from_slice(&body[2..10]);
-            size = Some(u64::from_be_bytes(bytes));
+            export = Some((u64::from_be_bytes(bytes), u16::from_be_bytes([body[10], body[11]])));
         }
     }
-    let size = size.ok_or_else(|| NbdError::Protocol("the size of the export is missing".into()))?;
+    let (size, flags) = export.ok_or_else(|| NbdError::Protocol("the size of the export is missing".into()))?;
     if size > MAX_SIZE {
         return Err(NbdError::Protocol(format!("an export of {size} bytes")));
     }
-    Ok(Settled { size, contexts: ids.into_iter().flatten().collect() })
+    Ok(Settled { size, flags, contexts: ids.into_iter().flatten().collect() })
 }
 
 /// An option may be answered by several replies, but not without end.

@@ -32,7 +32,15 @@ const OVERHEAD: u64 = 28;
 
 fn request(bitmap: bool) -> PullRequest {
     let bitmap = bitmap.then(|| "b".to_owned());
-    PullRequest { export: "disk".into(), size: None, bitmap, unit: 64 << 10, always: None, bandwidth: None }
+    PullRequest {
+        export: "disk".into(),
+        size: None,
+        bitmap,
+        unit: 64 << 10,
+        always: None,
+        bandwidth: None,
+        discard: false,
+    }
 }
 
 async fn pull_from(stream: UnixStream, bitmap: bool, sink: Box<dyn ImageSink>) -> Result<PullSummary, PullError> {

@@ -81,8 +81,15 @@ impl ImageSink for NullSink {
 async fn of_pulls() {
     for (name, seed) in seeds("pull") {
         let bitmap = (seed[0] % 2 == 1).then(|| "b".to_owned());
-        let request =
-            PullRequest { export: "disk".into(), size: None, bitmap, unit: 64 << 10, always: None, bandwidth: None };
+        let request = PullRequest {
+            export: "disk".into(),
+            size: None,
+            bitmap,
+            unit: 64 << 10,
+            always: None,
+            bandwidth: None,
+            discard: false,
+        };
         let stream = tokio::io::join(&seed[1..], tokio::io::sink());
         let result = pull(stream, &request, Box::new(NullSink), &PullProgress::default()).await;
         let size = result.unwrap().size;
