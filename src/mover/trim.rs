@@ -214,13 +214,13 @@ impl Bits {
         self.0.get((cluster / 64) as usize).is_some_and(|word| word >> (cluster % 64) & 1 == 1)
     }
 
-    /// Offset of the first cluster from `at` on whose bit is `value`, at most `size`.
+    /// First offset from `at` on at which the bit is `value`, at most `size`.
     fn next(&self, at: u64, value: bool, size: u64) -> u64 {
         let mut cluster = at / CLUSTER;
         while let Some(word) = self.0.get((cluster / 64) as usize) {
             let word = (if value { *word } else { !*word }) >> (cluster % 64);
             if word != 0 {
-                return ((cluster + u64::from(word.trailing_zeros())) * CLUSTER).min(size);
+                return ((cluster + u64::from(word.trailing_zeros())) * CLUSTER).max(at).min(size);
             }
             cluster = (cluster / 64 + 1) * 64;
         }
