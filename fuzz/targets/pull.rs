@@ -32,7 +32,7 @@ impl ImageSink for Checker {
     }
 
     fn finish(self: Box<Self>) -> Result<SinkSummary, ImageError> {
-        Ok(SinkSummary { data_bytes: 0, zero_bytes: 0, file_bytes: 0, digest: None })
+        Ok(SinkSummary { data_bytes: 0, zero_bytes: 0, new_bytes: 0, stored_bytes: 0, content: None })
     }
 }
 
@@ -41,7 +41,16 @@ fuzz_target!(|input: &[u8]| {
     let Some((kind, server)) = input.split_first() else { return };
     let bitmap = (kind % 2 == 1).then(|| "b".to_owned());
     let full = bitmap.is_none();
-    let request = PullRequest { export: "disk".into(), size: None, bitmap, always: None, bandwidth: None };
+    let request = PullRequest {
+        export: "disk".into(),
+        size: None,
+        bitmap,
+        unit: 64 << 10,
+        always: None,
+        bandwidth: None,
+        socket: None,
+        discard: true,
+    };
     let reached = Arc::new(AtomicU64::new(0));
     let sink = Box::new(Checker { full, reached: Arc::clone(&reached) });
     let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");

@@ -20,7 +20,8 @@ use std::process::ExitCode;
 #[command(after_help = "\
 The first backup of a VM is a full one, later ones read and store what changed. Where the dirty bitmaps cannot be trusted
 (QEMU was restarted, the disk is new, …) the volume is read as a whole and the reason is on record; a repository then
-still stores only what is new.
+still stores only what is new. `--type full` also looks for every chunk in the repository and sends again what got lost
+there.
 
 A backup that is cut short, even by SIGKILL, leaves nothing that looks like a backup. The next one cleans up behind it.
 
@@ -59,6 +60,9 @@ pub(super) struct BackupArgs {
     /// Read at most this much a second, such as 50MiB/s
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub(super) bandwidth_limit: Option<u64>,
+    /// Processor priority of reading, hashing and compressing: 0 as usual, 19 last
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(i32).range(0..=19))]
+    pub(super) nice: i32,
     /// Give up when the target takes no data for this many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 300)]
     pub(super) stall_timeout: u64,

@@ -252,6 +252,10 @@ async fn copy(
     unit: u64,
 ) -> Result<Vec<PullSummary>, CliError> {
     session.export().await?;
+    // Not before: the cut must not wait for a processor.
+    if args.nice > 0 {
+        super::priority::lower(args.nice);
+    }
     let session = &*session;
     let progress: Vec<Arc<PullProgress>> = sinks.iter().map(|_| Arc::default()).collect();
     let bandwidth = args.bandwidth_limit.map(|rate| Arc::new(Bandwidth::new(rate)));
@@ -273,6 +277,7 @@ async fn copy(
                 },
                 unit,
                 bandwidth: bandwidth.clone(),
+                socket: None,
                 discard: session.discards(),
             };
             let slots = Arc::clone(&slots);
@@ -283,6 +288,8 @@ async fn copy(
                     .set_nonblocking(true)
                     .and_then(|()| tokio::net::UnixStream::from_std(stream))
                     .map_err(SessionError::local("connecting to QEMU's NBD server"))?;
+                let socket = rustix::fs::fstat(&stream).ok().map(|socket| socket.st_ino);
+                let request = PullRequest { socket, ..request };
                 match pull(stream, &request, sink, progress).await {
                     Ok(summary) => Ok((index, summary)),
                     Err(source) => Err(CliError::Volume { volume: disk.volume.name.clone(), source }),

@@ -10,6 +10,7 @@ mod forget_plan;
 mod inspect;
 mod list;
 mod output;
+mod priority;
 mod progress;
 mod prune;
 mod recover;
@@ -49,7 +50,7 @@ struct Cli {
 enum Command {
     /// Back up a running VM
     Backup(Box<backup::BackupArgs>),
-    /// List the backups in a directory
+    /// List backups
     List(list::ListArgs),
     /// Check that backups are what they were when they were written
     Verify(verify::VerifyArgs),
@@ -59,7 +60,7 @@ enum Command {
     ServeNbd(serve_nbd::ServeArgs),
     /// Forget backups in a repository, by a rule or by their ids
     Forget(Box<forget::ForgetArgs>),
-    /// Make a repository, show what is in it, manage its passphrases
+    /// Make a repository, show, check and prune it, manage its passphrases
     #[command(subcommand)]
     Repository(repository::RepositoryCommand),
     /// Show a VM's disks, bitmaps, the engine that a backup would use and why, and what earlier runs left
@@ -71,7 +72,7 @@ enum Command {
 }
 
 const EXIT_CODES: &str = "\
-Exit codes: 0 done, 2 wrong usage, 3 VM unreachable, 4 backup failed, 5 damaged backup, 6 other failure of a command,
+Exit codes: 0 done, 2 wrong usage, 3 VM unreachable, 4 backup failed, 5 damaged backup, 6 other failure of a command, \
 130 interrupted, 143 terminated.";
 
 /// Runs the program.
@@ -93,7 +94,11 @@ pub fn main() -> ExitCode {
         }
     };
     let output = cli.command.output();
-    let result = runtime.block_on(run(cli.command));
+    // On a worker of the runtime, which waits for sockets itself: this thread would have to be woken for each answer.
+    let result = match runtime.block_on(runtime.spawn(run(cli.command))) {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+    };
     // A thread that hangs in a dead target must not keep the program.
     runtime.shutdown_background();
     match result {

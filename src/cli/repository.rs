@@ -79,7 +79,7 @@ pub(super) struct InitArgs {
     repository: RepositoryArgs,
     /// Bytes of a chunk, a power of two from 64KiB to 8MiB; it can never be changed. Smaller ones find more that is
     /// alike and make more objects
-    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "1MiB")]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "512KiB")]
     chunk_size: u64,
     /// Form of the result
     #[arg(short, long, value_enum, default_value_t)]

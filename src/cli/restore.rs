@@ -163,24 +163,28 @@ impl RestoreArgs {
             return Ok(vec![(volume.clone(), self.target.clone())]);
         }
         let target = &self.target;
-        std::fs::create_dir_all(target).map_err(ImageError::io("create", target))?;
         let extension = self.format.format().1;
         let targets: Vec<_> = volumes
             .iter()
             .map(|name| {
-                // A name in a manifest must not lead out of the directory.
-                let plain = !name.contains('/') && !name.starts_with('.');
                 let path = target.join(format!("{name}.{extension}"));
-                plain.then(|| ((*name).to_owned(), path)).ok_or_else(|| {
+                is_file_name(name).then(|| ((*name).to_owned(), path)).ok_or_else(|| {
+                    let name = crate::reason::printable(name, 100);
                     CliError::Usage(format!("volume `{name}` needs a path of its own: use --volume and --output"))
                 })
             })
             .collect::<Result<_, _>>()?;
+        std::fs::create_dir_all(target).map_err(ImageError::io("create", target))?;
         match targets.iter().find(|(_, path)| !self.force && path.exists()) {
             Some((_, path)) => Err(ImageError::Exists { path: path.clone() }.into()),
             None => Ok(targets),
         }
     }
+}
+
+/// Whether a name in a manifest can be that of a file: it must not lead out of the directory, nor hide there.
+fn is_file_name(name: &str) -> bool {
+    !name.is_empty() && !name.starts_with('.') && !name.contains(|c: char| c == '/' || c.is_control())
 }
 
 /// Waits for work that stops when `cancelled` is set; a signal sets it.
@@ -252,4 +256,17 @@ pub(super) fn with_progress<T>(volume: &str, size: u64, done: &AtomicU64, work: 
         ended.store(true, Ordering::Relaxed);
         result
     })
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn names_of_volumes_stay_in_their_directory() {
+        for name in ["root", "a disk", "x..y", "ö"] {
+            assert!(super::is_file_name(name), "{name}");
+        }
+        for name in ["", ".", "..", ".hidden", "../up", "a/b", "/root", "a\0b", "a\nb", "\u{1b}[2J", "\u{9b}x"] {
+            assert!(!super::is_file_name(name), "{name:?}");
+        }
+    }
 }

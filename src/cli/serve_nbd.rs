@@ -104,7 +104,7 @@ pub(super) async fn run(args: ServeArgs) -> Result<ExitCode, CliError> {
     };
     let session = protect(&repository).await?;
     let opened = tokio::select! {
-        opened = open(&args, repository) => opened,
+        opened = open(&args, repository, session.as_ref()) => opened,
         _ = &mut signal => Err(RepositoryError::Interrupted.into()),
     };
     let served = match opened {
@@ -126,7 +126,7 @@ pub(super) async fn run(args: ServeArgs) -> Result<ExitCode, CliError> {
 }
 
 /// Keeps prunes from what is served. To be called before the backup is looked for: a prune that begins later waits for
-/// this session, and one that began earlier counts the chunks of every backup that is still there.
+/// this session. One that began earlier does not: the session adopts the backup.
 async fn protect(repository: &Arc<Repository>) -> Result<Option<RepositorySession>, CliError> {
     match RepositorySession::start(Arc::clone(repository)).await {
         Ok(session) => Ok(Some(session)),
@@ -143,12 +143,22 @@ async fn protect(repository: &Arc<Repository>) -> Result<Option<RepositorySessio
     }
 }
 
-async fn open(args: &ServeArgs, repository: Arc<Repository>) -> Result<(Export<ServedVolume>, Ready), CliError> {
+async fn open(
+    args: &ServeArgs,
+    repository: Arc<Repository>,
+    session: Option<&RepositorySession>,
+) -> Result<(Export<ServedVolume>, Ready), CliError> {
     let vm = match &args.vm {
         None if args.backup == "latest" => Some(only_vm(repository.vms().await?)?),
         given => given.clone(),
     };
     let manifest = repository.find(vm.as_deref(), &args.backup).await?;
+    if let Some(session) = session
+        && !session.adopt(&manifest).await?
+    {
+        let known = "others; it was forgotten just now".into();
+        return Err(RepositoryError::NotFound { what: format!("backup {}", manifest.backup.id), known }.into());
+    }
     let volume = find_volume(&manifest, args.volume.as_deref())?;
     let reader = RandomReader::new(repository, volume, args.cache)?;
     let record = &manifest.backup;

@@ -3,7 +3,7 @@
 use super::{CliError, repository_args::AccessArgs};
 use crate::{
     backup::{BackupId, BackupRecord},
-    chain::VolumePlan,
+    chain::{FullReason, VolumePlan},
     image::{
         self, ChainDirectory, ImageError, ImageSink, ManifestVolume, PartialBackup, SinkSummary, VmDirectory,
         qcow2::{Qcow2Options, Qcow2Writer},
@@ -259,7 +259,11 @@ impl UnfinishedBackup {
             }
             Self::Repository { pipeline, latest, session } => {
                 let incremental = matches!(plan, VolumePlan::Incremental { .. });
-                let below = latest.as_ref().and_then(|latest| latest.volume(volume));
+                // Asked for a full backup, nothing is taken for granted: every chunk is looked for, so that what got
+                // lost in the repository is there again.
+                let trusted = !matches!(plan, VolumePlan::Full { reason: FullReason::Requested });
+                let latest = latest.as_ref().filter(|_| trusted);
+                let below = latest.and_then(|latest| latest.volume(volume));
                 let base = below.and_then(|below| {
                     Some(Base {
                         shape: below.shape(session.repository()),
@@ -282,18 +286,21 @@ impl UnfinishedBackup {
             Self::Chain { partial, .. } => {
                 let volumes = volumes.into_iter().map(image_volume).collect::<Result<_, _>>()?;
                 let manifest = image::Manifest { format_version: image::FORMAT_VERSION, backup, volumes };
-                let written = manifest.clone();
-                in_background(COMMIT_LIMIT, move || partial.commit(&written)).await.map_err(CliError::Target)?;
+                let (written, complete) = (manifest.clone(), partial.complete_path());
+                if let Err(error) = in_background(COMMIT_LIMIT, move || partial.commit(&written)).await {
+                    // It may have taken effect later than it was waited for.
+                    let looked = in_background(DISCARD_LIMIT, move || image::look_for_backup(&complete));
+                    if looked.await.is_err() {
+                        return Err(CliError::Target(error));
+                    }
+                    tracing::warn!(%error, "the backup is complete, though its commit seemed to fail");
+                }
                 Ok(CompleteBackup::Chain(manifest))
             }
             Self::Repository { session, .. } => {
                 let volumes = volumes.into_iter().map(stored_volume).collect::<Result<_, _>>()?;
                 let manifest = repository::Manifest { format_version: MANIFEST_VERSION, backup, volumes };
-                let committed = tokio::time::timeout(COMMIT_LIMIT, session.commit(&manifest)).await;
-                committed.unwrap_or_else(|_| {
-                    let source = std::io::ErrorKind::TimedOut.into();
-                    Err(repository::RepositoryError::Local { attempt: "finish the backup in the repository", source })
-                })?;
+                session.commit(&manifest, COMMIT_LIMIT).await?;
                 Ok(CompleteBackup::Repository(manifest))
             }
         }

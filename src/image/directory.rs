@@ -35,7 +35,7 @@ impl ChainDirectory {
 
     /// An existing directory, or a new one.
     pub fn create(path: &Path) -> Result<Self, ImageError> {
-        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(ImageError::io("create", path))?;
+        create_durably(path)?;
         Self::open(path)
     }
 
@@ -138,7 +138,7 @@ impl ChainDirectory {
     pub fn lock(&self, vm: &str) -> Result<VmDirectory, ImageError> {
         check_name("VM", vm)?;
         let path = self.path.join(vm);
-        DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(ImageError::io("create", &path))?;
+        create_durably(&path)?;
         let handle = File::open(&path).map_err(ImageError::io("open", &path))?;
         match rustix::fs::flock(&handle, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
@@ -226,8 +226,13 @@ impl PartialBackup {
         format!("../{parent}/{file}")
     }
 
-    /// Makes the backup complete. Its images must be durable. When this returns, the backup is there and stays there;
-    /// on an error it is not.
+    /// Where it will be when it is complete.
+    pub fn complete_path(&self) -> PathBuf {
+        self.vm.directory.backup_path(&self.vm.vm, &self.id)
+    }
+
+    /// Makes the backup complete. Its images must be durable. When this returns, the backup is there; on an error it is
+    /// not, unless the file system carries out later what it refused now ([`look_for_backup`]).
     pub fn commit(self, manifest: &Manifest) -> Result<(), ImageError> {
         let path = self.path.join(MANIFEST);
         let mut json =
@@ -236,9 +241,20 @@ impl PartialBackup {
         write_durably(&path, &json)?;
         write_durably(&self.path.join(MANIFEST_DIGEST), digest_line(&json).as_bytes())?;
         sync(&self.path)?;
-        let complete = self.vm.directory.backup_path(&self.vm.vm, &self.id);
-        fs::rename(&self.path, &complete).map_err(ImageError::io("rename", &self.path))?;
-        self.vm.handle.sync_all().map_err(ImageError::io("write", &complete))
+        let complete = self.complete_path();
+        if let Err(error) = fs::rename(&self.path, &complete) {
+            // A network file system may have done it and lost the answer. What is still there was not renamed, whatever
+            // has its name.
+            if self.path.exists() || look_for_backup(&complete).is_err() {
+                return Err(ImageError::io("rename", &self.path)(error));
+            }
+        }
+        // It is seen from now on, so it counts. Should a power cut take it back, the next backup stands on the one
+        // before, and reads everything.
+        if let Err(error) = self.vm.handle.sync_all() {
+            tracing::warn!(%error, path = %complete.display(), "the backup is complete, but may not survive a power cut");
+        }
+        Ok(())
     }
 
     /// Removes the backup.
@@ -265,6 +281,23 @@ fn check_manifest_digest(path: &Path, manifest: &[u8]) -> Result<(), ImageError>
     }
 }
 
+/// Makes a directory and those above it; what was new survives a power cut.
+fn create_durably(path: &Path) -> Result<(), ImageError> {
+    let new: Vec<_> = path.ancestors().take_while(|above| !above.as_os_str().is_empty() && !above.exists()).collect();
+    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(ImageError::io("create", path))?;
+    for made in new {
+        let above = made.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        sync(above)?;
+    }
+    Ok(())
+}
+
+/// Whether a backup is complete at this path; an error when it is not.
+pub fn look_for_backup(path: &Path) -> Result<(), ImageError> {
+    let manifest = path.join(MANIFEST);
+    fs::metadata(&manifest).map(drop).map_err(ImageError::io("find", &manifest))
+}
+
 fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), ImageError> {
     let failed = || ImageError::io("write", path);
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(failed())?;
@@ -286,4 +319,48 @@ pub(super) fn check_name(what: &'static str, name: &str) -> Result<(), ImageErro
             .bytes()
             .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'#' | b'@' | b':' | b'+'));
     if plain { Ok(()) } else { Err(ImageError::BadName { what, name: name.to_owned() }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backup::BackupRecord;
+
+    fn manifest(id: &BackupId) -> Manifest {
+        let now = jiff::Timestamp::UNIX_EPOCH;
+        let backup = BackupRecord {
+            id: id.clone(),
+            vm: "web".into(),
+            vm_uuid: None,
+            parent: None,
+            sequence: 1,
+            bitmap_line: String::new(),
+            point_in_time: now,
+            started: now,
+            finished: now,
+            engine: "job".into(),
+            transfer: "pull".into(),
+            qemu_version: String::new(),
+            cut_microseconds: 0,
+            quiesce: serde_json::Value::Null,
+            skipped: Vec::new(),
+            tool_version: String::new(),
+        };
+        Manifest { format_version: super::super::FORMAT_VERSION, backup, volumes: Vec::new() }
+    }
+
+    #[test]
+    fn a_backup_in_the_place_is_not_taken_for_this_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let chains = ChainDirectory::create(&directory.path().join("new/below/new")).unwrap();
+        let id = BackupId::generate().unwrap();
+        let begin = || chains.lock("web").unwrap().begin(id.clone()).unwrap();
+        let first = begin();
+        let complete = first.complete_path();
+        assert!(look_for_backup(&complete).is_err());
+        first.commit(&manifest(&id)).unwrap();
+        look_for_backup(&complete).unwrap();
+        assert!(begin().commit(&manifest(&id)).is_err());
+        assert_eq!(chains.inventory("web").unwrap().manifests.len(), 1);
+    }
 }

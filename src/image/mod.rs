@@ -9,7 +9,7 @@ mod restore;
 mod sink;
 mod verify;
 
-pub use directory::{ChainDirectory, Inventory, PartialBackup, VmDirectory};
+pub use directory::{ChainDirectory, Inventory, PartialBackup, VmDirectory, look_for_backup};
 pub use error::ImageError;
 pub use manifest::{FORMAT_VERSION, Manifest, ManifestVolume};
 pub use raw::RawSink;

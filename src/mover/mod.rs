@@ -3,6 +3,7 @@
 mod asked;
 mod bandwidth;
 mod pull;
+mod survey;
 mod trim;
 
 pub use bandwidth::Bandwidth;

@@ -4,14 +4,18 @@
 //! thread of its own and may hang in the kernel for as long as its target does. Between them stand buffers of bounded
 //! number: a read is asked for only when there is one for its reply, so back-pressure of the target ends here.
 
-use super::{Bandwidth, asked::Asked, trim::Trims};
+use super::{
+    Bandwidth,
+    asked::Asked,
+    survey::{Look, Survey},
+    trim::Trims,
+};
 use crate::{
-    extent::{ByteRange, Piece, Run, Work, align, intersection, plan},
+    extent::{ByteRange, Piece, Work},
     image::{ImageError, ImageSink, SinkSummary},
-    nbd::{self, Content, NbdClient, NbdError, StatusExtent},
+    nbd::{self, Content, NbdClient, NbdError},
     reason::{Reason, Retry},
 };
-use bytes::Bytes;
 use std::{
     collections::VecDeque,
     sync::{
@@ -25,10 +29,7 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, oneshot},
 };
 
-/// Bytes whose state is asked for at once. An answer holds 8 bytes for each change of state, at worst for every 4 KiB
-/// of a fragmented file and every 64 KiB of the bitmap: 68 KiB, which the server's send buffer takes like any reply.
-const WINDOW: u64 = 32 << 20;
-/// Buffers between NBD and sink, each of [`nbd::REQUEST`] bytes: 16 MiB.
+/// Buffers between NBD and sink, each of [`nbd::REQUEST`] bytes: 16 MiB. A longer request takes several.
 const BUFFERS: usize = 256;
 
 /// What to read.
@@ -46,7 +47,11 @@ pub struct PullRequest {
     pub always: Option<ByteRange>,
     /// Shared limit.
     pub bandwidth: Option<Arc<Bandwidth>>,
-    /// Discard what was read, or needs no reading, if the export allows it. The export is of no use afterwards.
+    /// Inode of the stream, when it is a Unix socket: to find how much the server's send buffer takes. `None`: no more
+    /// than it takes in any case.
+    pub socket: Option<u64>,
+    /// Discard what was read, or needs no reading, if the export allows it. It must be one whose state never changes
+    /// (`snapshot-access`), and is of no use afterwards.
     pub discard: bool,
 }
 
@@ -126,7 +131,7 @@ pub async fn pull<S: AsyncRead + AsyncWrite + Unpin>(
         progress,
         pieces,
         buffers: Arc::new(Semaphore::new(BUFFERS)),
-        credit: nbd::credit(),
+        credit: request.socket.map_or_else(nbd::credit, nbd::credit_of_peer),
         asked: VecDeque::new(),
         trims,
         dirty_bytes: 0,
@@ -196,22 +201,22 @@ struct Reader<'a, S> {
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Reader<'_, S> {
     async fn run(&mut self) -> Result<(), PullError> {
-        let mut total = 0;
-        let mut trims = self.trims.take();
-        self.walk(|work| {
+        let (mut total, mut at, mut survey) = (0, 0, Survey::new());
+        while at < self.size {
+            let look = if self.trims.is_some() { Look::Surely } else { Look::Once };
+            let (work, end) = survey.next(&mut self.client, self.request, at, look).await?;
+            self.trims.iter_mut().for_each(|trims| trims.keep(&work));
             total += work.iter().filter(|(_, kind)| *kind == Work::Read).map(|(range, _)| range.len()).sum::<u64>();
-            trims.iter_mut().for_each(|trims| trims.keep(work));
-        })
-        .await?;
-        self.trims = trims;
+            at = end;
+        }
         self.progress.total.store(total, Ordering::Relaxed);
         self.trim_early().await?;
-        let mut at = 0;
+        (at, survey) = (0, Survey::new());
         while at < self.size {
             let (work, end) = match &self.trims {
-                // No state may be asked for any more where something was discarded.
-                Some(trims) => trims.work(at, WINDOW),
-                None => self.window(at).await?,
+                // No state may be asked for where something was discarded.
+                Some(trims) => trims.work(at),
+                None => survey.next(&mut self.client, self.request, at, Look::Surely).await?,
             };
             for (range, kind) in work {
                 self.dirty_bytes += range.len();
@@ -220,7 +225,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<'_, S> {
                         // Behind the reads before it, to keep the order.
                         self.drain().await?;
                         // Small, but a sink that stalls would let them pile up without end.
-                        let place = self.wait_for_buffer().await?;
+                        let place = self.wait_for_buffers(1).await?;
                         self.deliver(Piece::Zero(range), place)?;
                     }
                     Work::Read => self.read(range).await?,
@@ -247,11 +252,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<'_, S> {
         Ok(())
     }
 
-    /// Discards what lies before `end`: it was read and handed on, or needed no reading. Waits for nothing.
+    /// Discards what lies before `end`: it was read and handed on, or needed no reading. Waits for no answer.
     async fn trim(&mut self, end: u64) -> Result<(), PullError> {
         if let Some(trims) = &mut self.trims {
             trims.passed(end);
-            trims.bound();
         }
         self.send_trims().await
     }
@@ -265,113 +269,38 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<'_, S> {
         Ok(())
     }
 
-    async fn walk(&mut self, mut see: impl FnMut(&[(ByteRange, Work)])) -> Result<(), PullError> {
-        let mut at = 0;
-        while at < self.size {
-            let (work, end) = self.window(at).await?;
-            see(&work);
-            at = end;
-        }
-        Ok(())
-    }
-
-    /// The work from `start` on, as far as one answer reaches, in whole clusters. No read may be outstanding.
-    async fn window(&mut self, start: u64) -> Result<(Vec<(ByteRange, Work)>, u64), PullError> {
-        let (mut work, mut at) = (Vec::new(), start);
-        // An answer that ends within a cluster is cut back to its border; one that does not even fill a cluster is
-        // continued.
-        loop {
-            let length = WINDOW.min(self.size - at);
-            let (mut zero, dirty) = self.status(at, length).await?;
-            if zero.iter().any(|run| run.set) {
-                // Asked twice: for a qcow2 overlay QEMU looks at the fleece first and at the live disk then. A guest
-                // that discards a block between the two looks makes data of the point in time appear as zeroes; the
-                // second answer finds the data in the fleece.
-                zero = intersection(&zero, &self.status(at, length).await?.0);
-            }
-            let (more, end) = plan(at, &zero, dirty.as_deref(), self.request.always);
-            let end = end.min(self.size);
-            if end <= at {
-                return Err(NbdError::Protocol("a block status without progress".into()).into());
-            }
-            work.extend(more);
-            at = end;
-            let unit = self.request.unit;
-            let border = if at == self.size { at } else { at / unit * unit };
-            if border > start {
-                let cut = |(range, kind): (ByteRange, Work)| Some((range.split_at(border).0?, kind));
-                let work: Vec<_> = work.into_iter().filter_map(cut).collect();
-                return Ok((align(&work, unit, self.size), border));
-            }
-        }
-    }
-
-    async fn status(&mut self, at: u64, length: u64) -> Result<(Vec<Run>, Option<Vec<Run>>), PullError> {
-        let length = u32::try_from(length).unwrap_or(u32::MAX);
-        let cookie = self.client.ask_status(at, length).await?;
-        let mut zero: Option<Vec<Run>> = None;
-        let mut dirty: Option<Vec<Run>> = None;
-        loop {
-            let chunk = self.client.receive(0).await?;
-            if chunk.cookie != cookie {
-                return Err(NbdError::Protocol("an answer to no question".into()).into());
-            }
-            let runs = |extents: Vec<StatusExtent>, flag: u32| {
-                Some(extents.iter().map(|e| Run { length: e.length, set: e.flags & flag != 0 }).collect())
-            };
-            match chunk.content {
-                Content::Status { context: 0, extents } if zero.is_none() => zero = runs(extents, nbd::STATE_ZERO),
-                Content::Status { context: 1, extents } if dirty.is_none() => dirty = runs(extents, nbd::STATE_DIRTY),
-                Content::Status { .. } => {
-                    return Err(NbdError::Protocol("a context twice in a block status".into()).into());
-                }
-                Content::Error { errno } => return Err(NbdError::Read { offset: at, errno }.into()),
-                Content::None => {}
-                _ => return Err(NbdError::Protocol("data in answer to a block status".into()).into()),
-            }
-            if chunk.done {
-                break;
-            }
-        }
-        let missing = || PullError::from(NbdError::Protocol("a context is missing in a block status".into()));
-        let zero = zero.ok_or_else(missing)?;
-        if self.request.bitmap.is_some() && dirty.is_none() {
-            return Err(missing());
-        }
-        Ok((zero, dirty))
-    }
-
     async fn read(&mut self, range: ByteRange) -> Result<(), PullError> {
         let mut at = range.start();
         while at < range.end() {
-            let length = nbd::REQUEST.min(range.end() - at);
+            let length = nbd::request_length(self.credit).min(range.end() - at);
             if let Some(bandwidth) = &self.request.bandwidth {
                 bandwidth.take(length).await;
             }
             while self.outstanding() + length > self.credit {
                 self.receive().await?;
             }
+            let needed = u32::try_from(length.div_ceil(nbd::REQUEST)).unwrap_or(u32::MAX);
             let buffer = loop {
-                if let Ok(buffer) = Arc::clone(&self.buffers).try_acquire_owned() {
+                if let Ok(buffer) = Arc::clone(&self.buffers).try_acquire_many_owned(needed) {
                     break buffer;
                 }
                 if self.asked.is_empty() {
-                    break self.wait_for_buffer().await?;
+                    break self.wait_for_buffers(needed).await?;
                 }
                 self.receive().await?;
             };
-            let bytes = vec![0; usize::try_from(length).unwrap_or(0)];
             let cookie = self.client.ask_read(at, u32::try_from(length).unwrap_or(0)).await?;
             let range = ByteRange::with_length(at, length).ok_or(PullError::SinkDied)?;
-            self.asked.push_back(Asked::new(cookie, range, bytes, buffer));
+            self.asked.push_back(Asked::new(cookie, range, buffer));
             at += length;
         }
         Ok(())
     }
 
-    /// Waits at the target's pace: only here, and only while nothing is outstanding.
-    async fn wait_for_buffer(&self) -> Result<OwnedSemaphorePermit, PullError> {
-        Arc::clone(&self.buffers).acquire_owned().await.map_err(|_| PullError::SinkDied)
+    /// Waits at the target's pace: only here, and only while no read is outstanding. Answers to discards may be: of those
+    /// the server's send buffer holds any that there can be.
+    async fn wait_for_buffers(&self, number: u32) -> Result<OwnedSemaphorePermit, PullError> {
+        Arc::clone(&self.buffers).acquire_many_owned(number).await.map_err(|_| PullError::SinkDied)
     }
 
     fn outstanding(&self) -> u64 {
@@ -390,7 +319,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<'_, S> {
 
     /// Takes one chunk, and hands on what is complete, in order.
     async fn receive(&mut self) -> Result<(), PullError> {
-        let chunk = self.client.receive(nbd::REQUEST).await?;
+        let chunk = self.client.receive(nbd::LONGEST_REQUEST).await?;
         if self.trims.as_mut().is_some_and(|trims| trims.answered(&chunk)) {
             return Ok(());
         }
@@ -408,12 +337,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<'_, S> {
         };
         asked.take(offset, length).ok_or_else(stray)?;
         if let Content::Data { bytes, .. } = chunk.content {
-            if length == asked.range.len() {
-                asked.bytes = bytes.into();
-            } else {
-                let at = usize::try_from(offset - asked.range.start()).unwrap_or(usize::MAX);
-                asked.bytes[at..at + bytes.len()].copy_from_slice(&bytes);
-            }
+            asked.put(offset, bytes);
         }
         if chunk.done {
             if asked.received != asked.range.len() {
@@ -425,9 +349,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<'_, S> {
             let Some(asked) = self.asked.pop_front() else { break };
             self.read_bytes += asked.range.len();
             self.progress.read.store(self.read_bytes, Ordering::Relaxed);
-            let piece = Piece::Data { offset: asked.range.start(), bytes: Bytes::from(asked.bytes) };
-            self.deliver(piece, asked.buffer)?;
-            self.trim(asked.range.end()).await?;
+            let end = asked.range.end();
+            let (offset, (bytes, buffer)) = (asked.range.start(), asked.finish());
+            self.deliver(Piece::Data { offset, bytes }, buffer)?;
+            self.trim(end).await?;
         }
         Ok(())
     }

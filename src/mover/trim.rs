@@ -70,9 +70,9 @@ impl Trims {
         }
     }
 
-    /// The work from `start` on, and where it ends: `longest` bytes behind, or with the disk.
-    pub(super) fn work(&self, start: u64, longest: u64) -> (Vec<(ByteRange, Work)>, u64) {
-        let end = (start + longest).min(self.size);
+    /// The next work from `start` on, and where it ends.
+    pub(super) fn work(&self, start: u64) -> (Vec<(ByteRange, Work)>, u64) {
+        let end = (start + LONGEST).min(self.size);
         let mut work = Vec::new();
         let mut at = start;
         while at < end {
@@ -129,9 +129,12 @@ impl Trims {
                     self.done = early.end();
                     self.early = self.next_early(early.end());
                 }
-                _ => return,
+                _ => break,
             }
         }
+        // Nothing is lost by it but fleece space.
+        let surplus = self.waiting.len().saturating_sub(WAITING);
+        self.waiting.drain(..surplus);
     }
 
     fn push(&mut self, run: ByteRange) {
@@ -141,12 +144,6 @@ impl Trims {
             self.waiting.extend(first);
             rest = behind;
         }
-    }
-
-    /// Drops what waits in vain: nothing is lost by it but fleece space.
-    pub(super) fn bound(&mut self) {
-        let surplus = self.waiting.len().saturating_sub(WAITING);
-        self.waiting.drain(..surplus);
     }
 
     /// Something waits, and too much is unanswered to send it.
@@ -271,7 +268,7 @@ mod tests {
             let mut at = 0;
             let mut again = Vec::new();
             while at < size {
-                let (window, end) = trims.work(at, 40 * CLUSTER);
+                let (window, end) = trims.work(at);
                 for (range, kind) in window {
                     again.push((range, kind));
                     let mut read = range.start();
@@ -306,7 +303,6 @@ mod tests {
         assert!(begin(&mut trims).is_empty());
         for end in (0..=1_u64 << 30).step_by(CLUSTER as usize) {
             trims.passed(end);
-            trims.bound();
         }
         assert_eq!(trims.waiting.len(), WAITING);
         for cookie in 0..OUTSTANDING as u64 {

@@ -1,7 +1,7 @@
 //! Requests and their replies.
 
 use super::{NbdError, handshake, wire::*};
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader},
     net::UnixStream,
@@ -65,7 +65,8 @@ pub struct StatusExtent {
 pub struct NbdClient<S = UnixStream> {
     stream: BufReader<S>,
     size: u64,
-    flags: u16,
+    unfragmented: bool,
+    can_trim: bool,
     contexts: Vec<u32>,
     /// Discards that are not answered yet.
     trims: Vec<u64>,
@@ -77,14 +78,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> NbdClient<S> {
     pub async fn connect(stream: S, export: &str, contexts: &[String]) -> Result<Self, NbdError> {
         let mut stream = BufReader::with_capacity(16 << 10, stream);
         let settled = handshake::negotiate(&mut stream, export, contexts).await?;
-        Ok(Self {
-            stream,
-            size: settled.size,
-            flags: settled.flags,
-            contexts: settled.contexts,
-            trims: Vec::new(),
-            next_cookie: 1,
-        })
+        let handshake::Settled { size, unfragmented, trims: can_trim, contexts } = settled;
+        Ok(Self { stream, size, unfragmented, can_trim, contexts, trims: Vec::new(), next_cookie: 1 })
     }
 
     /// Bytes of the export.
@@ -94,36 +89,44 @@ impl<S: AsyncRead + AsyncWrite + Unpin> NbdClient<S> {
 
     /// Whether the export lets clients discard ranges.
     pub fn can_trim(&self) -> bool {
-        self.flags & EXPORT_SEND_TRIM != 0 && self.flags & EXPORT_READ_ONLY == 0
+        self.can_trim
     }
 
-    /// Asks for bytes; the cookie of the request.
+    /// Asks for bytes; the cookie of the request. They come in one chunk where the server can be asked for that: it
+    /// spares QEMU to look for holes, and an answer that was a hole at the moment of that look.
     pub async fn ask_read(&mut self, offset: u64, length: u32) -> Result<u64, NbdError> {
-        self.ask(CMD_READ, offset, length).await
+        let flags = if self.unfragmented { CMD_FLAG_DF } else { 0 };
+        self.ask(CMD_READ, flags, offset, length).await
     }
 
     /// Asks for the state of a range.
     pub async fn ask_status(&mut self, offset: u64, length: u32) -> Result<u64, NbdError> {
-        self.ask(CMD_BLOCK_STATUS, offset, length).await
+        self.ask(CMD_BLOCK_STATUS, 0, offset, length).await
+    }
+
+    /// Asks for the state of the bytes at the beginning of a range: one extent of each context.
+    pub async fn ask_first_status(&mut self, offset: u64, length: u32) -> Result<u64, NbdError> {
+        self.ask(CMD_BLOCK_STATUS, CMD_FLAG_REQ_ONE, offset, length).await
     }
 
     /// Asks to discard a range. What was discarded can neither be read any more, nor its state be asked for.
     pub async fn ask_trim(&mut self, offset: u64, length: u32) -> Result<u64, NbdError> {
-        let cookie = self.ask(CMD_TRIM, offset, length).await?;
+        let cookie = self.ask(CMD_TRIM, 0, offset, length).await?;
         self.trims.push(cookie);
         Ok(cookie)
     }
 
     /// Says good-bye.
     pub async fn disconnect(mut self) -> Result<(), NbdError> {
-        self.ask(CMD_DISCONNECT, 0, 0).await.map(drop)
+        self.ask(CMD_DISCONNECT, 0, 0, 0).await.map(drop)
     }
 
-    async fn ask(&mut self, command: u16, offset: u64, length: u32) -> Result<u64, NbdError> {
+    async fn ask(&mut self, command: u16, flags: u16, offset: u64, length: u32) -> Result<u64, NbdError> {
         let cookie = self.next_cookie;
         self.next_cookie += 1;
         let mut request = [0; 28];
         request[0..4].copy_from_slice(&MAGIC_REQUEST.to_be_bytes());
+        request[4..6].copy_from_slice(&flags.to_be_bytes());
         request[6..8].copy_from_slice(&command.to_be_bytes());
         request[8..16].copy_from_slice(&cookie.to_be_bytes());
         request[16..24].copy_from_slice(&offset.to_be_bytes());
@@ -161,9 +164,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> NbdClient<S> {
                     return bad("a data");
                 }
                 let offset = self.stream.read_u64().await?;
-                let mut bytes = vec![0; length as usize - 8];
-                self.stream.read_exact(&mut bytes).await?;
-                Content::Data { offset, bytes: bytes.into() }
+                Content::Data { offset, bytes: self.bytes(length as usize - 8).await? }
             }
             CHUNK_HOLE => {
                 if length != 12 {
@@ -195,6 +196,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin> NbdClient<S> {
         let done = flags & CHUNK_DONE != 0;
         self.trims.retain(|trim| *trim != cookie || !done);
         Ok(Chunk { cookie, done, content })
+    }
+
+    async fn bytes(&mut self, length: usize) -> Result<Bytes, NbdError> {
+        let mut bytes = BytesMut::with_capacity(length);
+        let mut rest = (&mut self.stream).take(length as u64);
+        while bytes.len() < length {
+            if rest.read_buf(&mut bytes).await? == 0 {
+                return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into());
+            }
+        }
+        Ok(bytes.freeze())
     }
 
     async fn status(&mut self, count: u32) -> Result<Content, NbdError> {

@@ -9,8 +9,10 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 pub(super) struct Settled {
     /// Bytes of the export.
     pub(super) size: u64,
-    /// What the export can do.
-    pub(super) flags: u16,
+    /// Reads may ask for an answer in one chunk.
+    pub(super) unfragmented: bool,
+    /// Ranges can be discarded.
+    pub(super) trims: bool,
     /// Ids of the contexts, in the order in which they were asked for.
     pub(super) contexts: Vec<u32>,
 }
@@ -59,7 +61,7 @@ pub(super) async fn negotiate(
     let mut payload = sized(export);
     payload.extend(0_u16.to_be_bytes());
     option(stream, OPT_GO, &payload).await?;
-    let mut export = None;
+    let mut info = None;
     for count in 0.. {
         let (kind, body) = reply(stream, OPT_GO, "the export").await?;
         if kind == REP_ACK {
@@ -69,14 +71,16 @@ pub(super) async fn negotiate(
         if kind == REP_INFO && body.len() == 12 && body[..2] == INFO_EXPORT.to_be_bytes() {
             let mut bytes = [0; 8];
             bytes.copy_from_slice(&body[2..10]);
-            export = Some((u64::from_be_bytes(bytes), u16::from_be_bytes([body[10], body[11]])));
+            info = Some((u64::from_be_bytes(bytes), u16::from_be_bytes([body[10], body[11]])));
         }
     }
-    let (size, flags) = export.ok_or_else(|| NbdError::Protocol("the size of the export is missing".into()))?;
+    let (size, flags) = info.ok_or_else(|| NbdError::Protocol("the size of the export is missing".into()))?;
     if size > MAX_SIZE {
         return Err(NbdError::Protocol(format!("an export of {size} bytes")));
     }
-    Ok(Settled { size, flags, contexts: ids.into_iter().flatten().collect() })
+    let unfragmented = flags & EXPORT_SEND_DF != 0;
+    let trims = flags & EXPORT_SEND_TRIM != 0 && flags & EXPORT_READ_ONLY == 0;
+    Ok(Settled { size, unfragmented, trims, contexts: ids.into_iter().flatten().collect() })
 }
 
 /// An option may be answered by several replies, but not without end.

@@ -51,7 +51,7 @@ pub(super) const CMD_CACHE: u16 = 5;
 pub(super) const CMD_WRITE_ZEROES: u16 = 6;
 pub(super) const CMD_BLOCK_STATUS: u16 = 7;
 
-/// One chunk must answer the request.
+/// One chunk must answer the request. Without it QEMU looks for holes first, once for every read.
 pub(super) const CMD_FLAG_DF: u16 = 1 << 2;
 /// One extent is enough.
 pub(super) const CMD_FLAG_REQ_ONE: u16 = 1 << 3;

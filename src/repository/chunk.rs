@@ -9,7 +9,7 @@ pub const MIN_CHUNK_SIZE: u64 = 64 << 10;
 /// Largest.
 pub const MAX_CHUNK_SIZE: u64 = 8 << 20;
 /// The default: `docs/decisions/0007-chunk-size.md`.
-pub const DEFAULT_CHUNK_SIZE: u64 = 1 << 20;
+pub const DEFAULT_CHUNK_SIZE: u64 = 512 << 10;
 
 const STORED: u8 = 0;
 const ZSTD: u8 = 1;

@@ -1,12 +1,13 @@
 //! Errors of a repository.
 
 use crate::reason::{Reason, Retry};
+use std::io::ErrorKind;
 
 /// Why something in a repository could not be done.
 #[derive(Debug, thiserror::Error)]
 pub enum RepositoryError {
     /// The storage refused or failed, after its retries.
-    #[error("cannot {attempt} {object} in the repository")]
+    #[error("cannot {attempt} {object} in the repository{}", way_out(source))]
     Storage {
         /// What was attempted: `read`, `write`, `list`, `delete`, …
         attempt: &'static str,
@@ -139,10 +140,47 @@ impl RepositoryError {
         }
     }
 
+    /// Whether the object is not there.
+    pub(super) fn is_missing(&self) -> bool {
+        matches!(self, Self::Storage { source: object_store::Error::NotFound { .. }, .. })
+    }
+
     /// Whether something in the repository is not to be trusted, rather than unreachable.
     pub fn is_integrity(&self) -> bool {
         matches!(self, Self::Damaged { .. } | Self::Storage { source: object_store::Error::NotFound { .. }, .. })
     }
+}
+
+/// What to do about an error of the storage, as the end of a sentence.
+fn way_out(error: &object_store::Error) -> &'static str {
+    match error {
+        object_store::Error::NotFound { .. } => "",
+        object_store::Error::PermissionDenied { .. } => ": these credentials may not do that there",
+        object_store::Error::Unauthenticated { .. } => ": the credentials are not accepted",
+        error => match local_reason(error) {
+            "TargetFull" => {
+                ": make space, say by `virt-fleece forget` and `virt-fleece repository prune`, which need some KiB themselves"
+            }
+            "PermissionDenied" => ": see who may write there, and whether it is mounted read-only",
+            _ => ": see whether it can be reached and is well, then run it again",
+        },
+    }
+}
+
+/// What an error of the system below an error means.
+fn local_reason(error: &(dyn std::error::Error + 'static)) -> &'static str {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(error) = error.downcast_ref::<std::io::Error>() {
+            match error.kind() {
+                ErrorKind::StorageFull | ErrorKind::QuotaExceeded => return "TargetFull",
+                ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => return "PermissionDenied",
+                _ => {}
+            }
+        }
+        next = error.source();
+    }
+    "TargetIo"
 }
 
 impl Reason for RepositoryError {
@@ -152,10 +190,9 @@ impl Reason for RepositoryError {
                 object_store::Error::NotFound { .. } => "ObjectMissing",
                 object_store::Error::PermissionDenied { .. } => "PermissionDenied",
                 object_store::Error::Unauthenticated { .. } => "Unauthenticated",
-                _ => "TargetIo",
+                _ => local_reason(source),
             },
-            Self::Local { source, .. } if source.raw_os_error() == Some(28) => "TargetFull",
-            Self::Local { .. } => "TargetIo",
+            Self::Local { source, .. } => local_reason(source),
             Self::BadUrl { .. } | Self::Invalid(_) => "Usage",
             Self::Missing { .. } => "RepositoryMissing",
             Self::NotEmpty { .. } => "TargetExists",

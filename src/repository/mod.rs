@@ -7,6 +7,8 @@
 mod cache;
 mod check;
 mod chunk;
+mod commit;
+mod create;
 mod error;
 mod forget;
 #[cfg(test)]
@@ -15,6 +17,7 @@ mod index;
 mod key;
 mod location;
 mod manifest;
+mod need;
 mod plan;
 mod process;
 #[cfg(test)]
@@ -30,6 +33,7 @@ mod restore;
 mod seal;
 mod session;
 mod storage;
+mod strays;
 mod usage;
 #[cfg(test)]
 mod vectors;

@@ -84,16 +84,33 @@ impl Plan {
         Ok(())
     }
 
-    /// Reads the list.
-    pub(super) async fn condemned(&self, repository: &Repository) -> Result<HashSet<ChunkId>, RepositoryError> {
+    /// Reads the list; `None`: the prune ended meanwhile, and with it the list.
+    pub(super) async fn condemned(&self, repository: &Repository) -> Result<Option<HashSet<ChunkId>>, RepositoryError> {
+        let damaged = |name: &str, what: &str| {
+            RepositoryError::damaged(name, format!("{what}; `virt-fleece repository prune` makes a new list"))
+        };
         let mut condemned = HashSet::new();
         for part in 0..self.parts {
             let name = self.part_name(part);
-            // Gone: the prune ended meanwhile, and with it the list.
-            let Some(object) = repository.storage().get(&name, MAX_PART).await? else { continue };
+            let Some(object) = repository.storage().get(&name, MAX_PART).await? else {
+                // The plan goes before its parts. Whoever took a list with a hole for the whole would rely on chunks
+                // that are about to be deleted.
+                return match Self::load(repository).await? {
+                    Some(now) if now.id == self.id => Err(damaged(&name, "it is missing")),
+                    _ => Ok(None),
+                };
+            };
             let bytes = repository.prunes().open(name.as_bytes(), &object, &name)?;
-            condemned.extend(bytes.as_chunks::<32>().0.iter().map(|id| ChunkId::from_bytes(*id)));
+            let (ids, rest) = bytes.as_chunks::<32>();
+            if !rest.is_empty() {
+                return Err(damaged(&name, "it is no list of ids"));
+            }
+            condemned.extend(ids.iter().map(|id| ChunkId::from_bytes(*id)));
         }
-        Ok(condemned)
+        if condemned.len() as u64 != self.condemned {
+            let (found, said) = (condemned.len(), self.condemned);
+            return Err(damaged(PLAN, &format!("its list has {found} chunks instead of {said}")));
+        }
+        Ok(Some(condemned))
     }
 }

@@ -6,22 +6,18 @@
 
 use super::{
     RepositoryError,
-    chunk::ChunkId,
-    index::Shape,
-    manifest::Manifest,
+    need::Held,
     plan::{PLAN, Plan, PlanState},
     process::Process,
-    reader::VolumeReader,
-    repository::{Repository, chunk_name, chunk_of_name},
+    repository::{Repository, chunk_name},
     session::{LEASE, boot_seconds},
     storage::{StorageLock, Version},
 };
-use futures::{StreamExt, TryStreamExt, stream};
+use futures::{StreamExt, stream};
 use jiff::Timestamp;
 use std::{
-    collections::{HashMap, HashSet},
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -31,8 +27,6 @@ use std::{
 const LOCK: &str = "prune.lock";
 /// Objects that are deleted at once.
 const PARALLEL_DELETES: usize = 32;
-/// Backups whose indexes are read at once.
-const PARALLEL_INDEXES: usize = 4;
 /// Between two looks at the sessions that are waited for.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// Between two signs of life while it deletes, in seconds.
@@ -145,124 +139,35 @@ impl Repository {
                     return Err(busy(plan.process.to_string()));
                 }
             }
-            summary.resumed = plan.state != PlanState::Marking;
-            if plan.state == PlanState::Marking {
-                // It published nothing that counts; the list is made anew.
+            if plan.state == PlanState::Marking || self.is_list_damaged(&plan).await? {
+                // It published nothing that counts; the list is made anew. So is one that cannot be used: who held
+                // something of it finds another plan, and looks for each chunk.
                 plan = fresh;
+            } else {
+                summary.resumed = true;
             }
             plan.process = Process::current();
         }
         let mut prune = Prune { repository: Arc::clone(self), plan, version, last_sign: begun, _lock: lock };
         prune.sign().await?;
+        // Its own plan is the only one from here on.
+        self.remove_strays(&prune.plan).await?;
         Ok(prune)
     }
 
-    /// Chunks that no backup needs, and the bytes of their objects.
-    async fn unneeded(
-        self: &Arc<Self>,
-        progress: &PruneProgress,
-        summary: &mut PruneSummary,
-    ) -> Result<(Vec<ChunkId>, u64), RepositoryError> {
-        // In this order: a chunk that appears later is not on the list, and a backup that appears later is read again
-        // before anything is deleted.
-        let mut chunks: HashMap<ChunkId, u64> = HashMap::new();
-        let mut listed = self.storage().list("chunks");
-        while let Some(object) = listed.try_next().await? {
-            if let Some(id) = chunk_of_name(&object.name) {
-                chunks.insert(id, object.size);
+    async fn is_list_damaged(&self, plan: &Plan) -> Result<bool, RepositoryError> {
+        match plan.condemned(self).await {
+            Ok(_) => Ok(false),
+            Err(RepositoryError::Damaged { object, detail }) => {
+                tracing::warn!(object, detail, "the list of an earlier prune is made anew");
+                Ok(true)
             }
+            Err(error) => Err(error),
         }
-        summary.chunks = chunks.len() as u64;
-        let needed = self.needed(Some(progress)).await?;
-        chunks.retain(|id, _| !needed.contains(id));
-        let bytes = chunks.values().sum();
-        Ok((chunks.into_keys().collect(), bytes))
-    }
-
-    /// All chunks that sessions hold.
-    async fn held(self: &Arc<Self>) -> Result<HashSet<ChunkId>, RepositoryError> {
-        let mut held = Needed::default();
-        for (_, _, session) in self.running_sessions().await? {
-            // One that cannot be read knew the list, or it would have been waited for, and cannot commit.
-            let Some(session) = session else { continue };
-            held.chunks.extend(session.holds.iter().filter_map(|hold| ChunkId::from_hex(hold)));
-            for base in session.bases {
-                let Some(root) = ChunkId::from_hex(&base.root) else { continue };
-                let shape = Shape { size: base.size, chunk_size: self.chunk_size() };
-                let mut reader = VolumeReader::at(Arc::clone(self), shape, root);
-                reader.walk(&mut |level, id| held.enter(level, id)).await?;
-            }
-        }
-        Ok(held.chunks)
-    }
-
-    /// All chunks that backups need, pages of indexes included.
-    async fn needed(self: &Arc<Self>, progress: Option<&PruneProgress>) -> Result<HashSet<ChunkId>, RepositoryError> {
-        let names = self.manifest_names(None).await?;
-        if let Some(progress) = progress {
-            progress.backups.store(names.len() as u64, Ordering::Relaxed);
-        }
-        let needed = Arc::new(Mutex::new(Needed::default()));
-        stream::iter(names.into_iter().map(Ok))
-            .try_for_each_concurrent(PARALLEL_INDEXES, |name| {
-                let (this, needed) = (Arc::clone(self), Arc::clone(&needed));
-                async move {
-                    match this.read_manifest(&name).await {
-                        Ok(manifest) => this.add_needed(&manifest, &needed).await?,
-                        // Forgotten since it was listed.
-                        Err(_) if !this.storage().exists(&name.object).await? => {}
-                        Err(error) => return Err(error),
-                    }
-                    if let Some(progress) = progress {
-                        progress.backups_read.fetch_add(1, Ordering::Relaxed);
-                    }
-                    Ok(())
-                }
-            })
-            .await?;
-        let needed = std::mem::take(&mut *needed.lock().map_err(|_| RepositoryError::WorkerDied)?);
-        Ok(needed.chunks)
-    }
-
-    async fn add_needed(self: &Arc<Self>, manifest: &Manifest, needed: &Mutex<Needed>) -> Result<(), RepositoryError> {
-        for volume in &manifest.volumes {
-            let mut reader = VolumeReader::new(Arc::clone(self), volume)?;
-            let mut enter = |level, id| needed.lock().is_ok_and(|mut needed| needed.enter(level, id));
-            reader.walk(&mut enter).await?;
-        }
-        Ok(())
-    }
-
-    /// The time by the clock of the storage.
-    async fn now(&self) -> Result<Timestamp, RepositoryError> {
-        const CLOCK: &str = "prune/clock";
-        let now = self.storage().put_durably(CLOCK, "now".into()).await?;
-        self.storage().delete(CLOCK).await?;
-        Ok(now)
     }
 }
 
-/// What backups need.
-#[derive(Debug, Default)]
-struct Needed {
-    chunks: HashSet<ChunkId>,
-    /// Pages by level. Not by id alone: a guest may hold the bytes of a page as data, and what hangs on that page would
-    /// not be looked at.
-    pages: HashSet<(u32, ChunkId)>,
-}
-
-impl Needed {
-    /// Adds an id; whether what hangs on it has to be looked at. Backups share most of their pages.
-    fn enter(&mut self, level: u32, id: ChunkId) -> bool {
-        if id.is_zero() {
-            return false;
-        }
-        self.chunks.insert(id);
-        level > 0 && self.pages.insert((level, id))
-    }
-}
-
-fn is_within_lease(written: Timestamp, now: Timestamp) -> bool {
+pub(super) fn is_within_lease(written: Timestamp, now: Timestamp) -> bool {
     now.duration_since(written) < jiff::SignedDuration::try_from(LEASE).unwrap_or(jiff::SignedDuration::MAX)
 }
 
@@ -381,12 +286,20 @@ impl Prune {
 
     async fn sweep(&mut self, progress: &PruneProgress, summary: &mut PruneSummary) -> Result<(), RepositoryError> {
         let repository = Arc::clone(&self.repository);
-        let mut condemned = self.plan.condemned(&repository).await?;
+        let lost = || RepositoryError::SessionLost { why: "another prune took over".into() };
+        let mut condemned = self.plan.condemned(&repository).await?.ok_or_else(lost)?;
         let all = condemned.len() as u64;
         // Holds first, backups then: a session that ends in between has committed before its hold went away.
-        let held = self.while_signing(repository.held()).await?;
-        let needed = self.while_signing(repository.needed(None)).await?;
-        condemned.retain(|id| !held.contains(id) && !needed.contains(id));
+        match self.while_signing(repository.held()).await? {
+            Held::Everything => condemned.clear(),
+            Held::Chunks(held) => condemned.retain(|id| !held.contains(id)),
+        }
+        if !condemned.is_empty() {
+            let needed = self.while_signing(repository.needed(None)).await?;
+            condemned.retain(|id| !needed.contains(id));
+            // A backup that was forgotten just now must not come back with a power cut when its chunks are gone.
+            self.while_signing(repository.storage().flush()).await?;
+        }
         summary.rescued_chunks = all - condemned.len() as u64;
         progress.condemned.store(condemned.len() as u64, Ordering::Relaxed);
         let condemned: Vec<_> = condemned.into_iter().collect();
@@ -412,9 +325,13 @@ impl Prune {
                 progress.deleted.fetch_add(1, Ordering::Relaxed);
             }
         }
+        // Not the plan of one that took over.
+        self.sign().await?;
+        // The plan first: a list that has a hole while its plan is there is damaged.
+        repository.storage().delete(PLAN).await?;
         for part in 0..self.plan.parts {
             repository.storage().delete(&self.plan.part_name(part)).await?;
         }
-        repository.storage().delete(PLAN).await
+        Ok(())
     }
 }

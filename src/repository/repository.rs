@@ -204,7 +204,17 @@ impl Repository {
         if slots.len() == 1 {
             return Err(RepositoryError::LastKey { slot: slot.to_owned() });
         }
-        self.storage.delete(&slot_name(slot)).await
+        let name = slot_name(slot);
+        let content = self.storage.require(&name, key::MAX_SLOT).await?;
+        self.storage.delete(&name).await?;
+        // Somebody else may have removed the others meanwhile, and none of two that do so knows which one was last.
+        let left = self.key_slots().await;
+        if left.as_ref().is_ok_and(|left| !left.is_empty()) {
+            return Ok(());
+        }
+        self.storage.put_durably(&name, content).await?;
+        left?;
+        Err(RepositoryError::LastKey { slot: slot.to_owned() })
     }
 
     /// The id of content.
@@ -292,6 +302,10 @@ pub(super) fn chunk_of_name(name: &str) -> Option<ChunkId> {
     (hex.get(..2) == Some(directory)).then_some(id)
 }
 
+fn is_slot_id(id: &str) -> bool {
+    key::unhex(id).is_some_and(|id| id.len() == 8)
+}
+
 fn slot_name(id: &str) -> String {
     format!("keys/{id}.json")
 }
@@ -315,7 +329,8 @@ async fn slots(storage: &Storage) -> Result<Vec<KeySlot>, RepositoryError> {
             Err(error) => return Err(error),
         };
         match serde_json::from_slice::<KeySlot>(&bytes) {
-            Ok(slot) if slot_name(&slot.id) == object.name => slots.push(slot),
+            // The id is shown to people.
+            Ok(slot) if is_slot_id(&slot.id) && slot_name(&slot.id) == object.name => slots.push(slot),
             // One that is damaged must not keep the others from opening.
             _ => tracing::warn!(object = object.name, "a key slot is damaged"),
         }

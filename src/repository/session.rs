@@ -39,10 +39,12 @@ const HEARTBEAT: Duration = Duration::from_secs(60);
 /// Without a sign of life for this long a session counts as dead.
 pub(super) const LEASE: Duration = Duration::from_secs(30 * 60);
 /// A session whose last sign of life is older does not commit. Far below [`LEASE`]: the clocks of two machines differ.
-const COMMIT_LIMIT_SECONDS: i64 = 10 * 60;
+pub(super) const COMMIT_LIMIT_SECONDS: i64 = 10 * 60;
 /// How long a session waits for the end of a deletion that it must not meet.
 const SWEEP_LIMIT: Duration = Duration::from_secs(15 * 60);
-/// Largest session object, in bytes: a million holds.
+/// A session that needs more condemned chunks than these holds all: each hold writes the object anew, with all of them.
+const MAX_HOLDS: usize = 64;
+/// Largest session object, in bytes.
 const MAX_SESSION: u64 = 80 << 20;
 
 /// A session as it is stored.
@@ -53,6 +55,9 @@ pub(super) struct SessionObject {
     pub(super) started: Timestamp,
     /// Condemned chunks that it relies on.
     pub(super) holds: Vec<String>,
+    /// Relies on any number of them: nothing of the list is to be deleted.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(super) holds_all: bool,
     /// Indexes that it relies on with all that hangs on them, though their backups may be forgotten meanwhile.
     #[serde(default)]
     pub(super) bases: Vec<HeldIndex>,
@@ -70,17 +75,17 @@ pub(super) struct HeldIndex {
 /// life is too old.
 #[derive(Debug)]
 pub struct RepositorySession {
-    repository: Arc<Repository>,
-    inner: Arc<Inner>,
+    pub(super) repository: Arc<Repository>,
+    pub(super) inner: Arc<Inner>,
     heartbeat: tokio::task::JoinHandle<()>,
 }
 
 #[derive(Debug)]
-struct Inner {
-    name: String,
+pub(super) struct Inner {
+    pub(super) name: String,
     state: Mutex<State>,
     /// Seconds of `CLOCK_BOOTTIME` (which goes on while the machine sleeps) at the last sign of life.
-    last_sign: AtomicI64,
+    pub(super) last_sign: AtomicI64,
 }
 
 #[derive(Debug)]
@@ -102,6 +107,7 @@ impl RepositorySession {
             process: Process::current(),
             started: Timestamp::now(),
             holds: Vec::new(),
+            holds_all: false,
             bases: Vec::new(),
         };
         let inner = Arc::new(Inner {
@@ -112,11 +118,10 @@ impl RepositorySession {
         inner.sign(&repository).await?;
         let loaded = async {
             let plan = Plan::load(&repository).await?.filter(|plan| plan.state != PlanState::Marking);
-            let condemned = match &plan {
-                Some(plan) => plan.condemned(&repository).await?,
-                None => HashSet::new(),
-            };
-            Ok((plan, condemned))
+            let Some(plan) = plan else { return Ok((None, HashSet::new())) };
+            // A prune that ended just now. Every one to come waits for this session.
+            let Some(condemned) = plan.condemned(&repository).await? else { return Ok((None, HashSet::new())) };
+            Ok((Some(plan), condemned))
         };
         match loaded.await {
             Ok((plan, condemned)) => {
@@ -194,28 +199,6 @@ impl RepositorySession {
         self.repository.has_backup(&manifest.backup.vm, &manifest.backup.id).await
     }
 
-    /// Commits a backup and ends the session. Every chunk that it names was found by [`Self::is_missing`] or sent.
-    pub async fn commit(&self, manifest: &Manifest) -> Result<(), RepositoryError> {
-        self.repository.storage().flush().await?;
-        let alive = self.prove_alive().await;
-        let committed = match alive {
-            Ok(()) => self.write_manifest(manifest).await,
-            Err(error) => Err(error),
-        };
-        self.end().await;
-        committed
-    }
-
-    /// Writes the manifest, and proves that it was in time: between the proof before it and its arrival any time may
-    /// have passed (a stopped process, a slow storage). A prune removes a session that it takes for dead before it
-    /// looks for manifests, so one that is there while its session still is has been, or will be, seen.
-    async fn write_manifest(&self, manifest: &Manifest) -> Result<(), RepositoryError> {
-        self.repository.write_manifest(manifest).await?;
-        let Err(error) = self.prove_alive().await else { return Ok(()) };
-        self.repository.forget(&manifest.backup.vm, &manifest.backup.id).await?;
-        Err(error)
-    }
-
     /// Ends the session; what it stored stays until a prune.
     pub async fn end(&self) {
         self.heartbeat.abort();
@@ -225,19 +208,6 @@ impl RepositorySession {
                 "the session stays listed in the repository until its sign of life is too old"
             );
         }
-    }
-
-    async fn prove_alive(&self) -> Result<(), RepositoryError> {
-        let lost = |why: String| RepositoryError::SessionLost { why };
-        // A prune that takes it for dead removes the object.
-        if !self.repository.storage().exists(&self.inner.name).await? {
-            return Err(lost("a prune took it for dead".into()));
-        }
-        let silent = boot_seconds() - self.inner.last_sign.load(Ordering::Acquire);
-        if silent > COMMIT_LIMIT_SECONDS {
-            return Err(lost(format!("no sign of life could be written for {silent} seconds")));
-        }
-        Ok(())
     }
 }
 
@@ -277,9 +247,15 @@ impl Inner {
 
     /// Holds a condemned chunk; `false`: the prune is over, and the chunk has to be looked for like any other.
     async fn hold(&self, repository: &Repository, state: &mut State, id: ChunkId) -> Result<bool, RepositoryError> {
-        state.object.holds.push(id.to_hex());
+        if state.object.holds.len() < MAX_HOLDS {
+            state.object.holds.push(id.to_hex());
+        } else {
+            state.object.holds_all = true;
+        }
         let held = self.announce(repository, state).await?;
-        if held {
+        if held && state.object.holds_all {
+            state.condemned.clear();
+        } else if held {
             state.condemned.remove(&id);
         }
         Ok(held)

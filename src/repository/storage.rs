@@ -3,12 +3,15 @@
 //! Contract: reading and listing are consistent with writes that completed (S3, GCS, Azure and local file systems are;
 //! on NFS as far as close-to-open goes). Errors arrive after the store's own retries of transient failures.
 
-use super::RepositoryError;
+use super::{
+    RepositoryError,
+    create::{create_by_rename, has_no_hard_links},
+};
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream::BoxStream};
 use jiff::Timestamp;
 use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, path::Path};
-use std::{path::PathBuf, sync::Arc};
+use std::{fs::File, path::PathBuf, sync::Arc};
 
 /// A place for objects, under one prefix.
 #[derive(Debug, Clone)]
@@ -20,6 +23,9 @@ pub struct Storage {
     prefix: Path,
     url: String,
     directory: Option<PathBuf>,
+    /// The directory, open from the beginning on: syncfs(2) reports those errors of write-back that came after the
+    /// descriptor was opened, unless nobody has been told of them yet.
+    opened: Option<Arc<File>>,
 }
 
 impl Storage {
@@ -32,7 +38,8 @@ impl Storage {
         url: impl Into<String>,
         directory: Option<PathBuf>,
     ) -> Self {
-        Self { store, durable, prefix, url: url.into(), directory }
+        let opened = directory.as_ref().and_then(|directory| File::open(directory).ok()).map(Arc::new);
+        Self { store, durable, prefix, url: url.into(), directory, opened }
     }
 
     /// How people name it.
@@ -142,16 +149,30 @@ impl Storage {
         content: Bytes,
         mode: PutMode,
     ) -> Result<Option<Version>, RepositoryError> {
+        let create = mode == PutMode::Create;
         let options = PutOptions { mode, ..PutOptions::default() };
         let payload = PutPayload::from_bytes(content.clone());
         let error = match self.durable.put_opts(&self.path(name), payload, options).await {
             Ok(written) => return Ok(Some(written.into())),
             Err(error) => error,
         };
-        let refused =
-            matches!(error, object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. });
-        // A file that is there after a failure may not be durable.
-        if !refused && self.directory.is_some() {
+        let refused = match error {
+            object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. } => true,
+            // The version that was to be replaced is gone.
+            object_store::Error::NotFound { .. } => !create && self.directory.is_none(),
+            _ => false,
+        };
+        if let Some(directory) = self.directory.as_ref().filter(|_| !refused) {
+            if create && has_no_hard_links(&error) {
+                let path = directory.join(name);
+                let created = tokio::task::spawn_blocking(move || create_by_rename(&path, &content));
+                let created = created.await.map_err(|_| RepositoryError::WorkerDied)?;
+                let failed =
+                    |source: std::io::Error| object_store::Error::Generic { store: "directory", source: source.into() };
+                let created = created.map_err(failed).map_err(RepositoryError::storage("write", name))?;
+                return Ok(created.then_some(Version { e_tag: None, version: None }));
+            }
+            // A file that is there after a failure may not be durable.
             return Err(RepositoryError::storage("write", name)(error));
         }
         // A request over the network that seemed to fail may have been carried out: when its answer got lost, or when
@@ -205,11 +226,26 @@ impl Storage {
         self.list(directory).try_collect().await
     }
 
+    /// In a directory: removes files of writes that never came to their end, which no list shows; how many.
+    pub(super) async fn remove_unfinished(
+        &self,
+        is_old: impl Fn(Timestamp) -> bool + Send + 'static,
+    ) -> Result<u64, RepositoryError> {
+        let Some(directory) = self.directory.clone() else { return Ok(0) };
+        let removed = tokio::task::spawn_blocking(move || remove_unfinished(&directory, &is_old));
+        let removed = removed.await.map_err(|_| RepositoryError::WorkerDied)?;
+        removed.map_err(RepositoryError::local("remove unfinished files of the repository"))
+    }
+
     /// Makes all that was written so far durable.
     pub async fn flush(&self) -> Result<(), RepositoryError> {
         let Some(directory) = self.directory.clone() else { return Ok(()) };
+        let opened = self.opened.clone();
         let synced = tokio::task::spawn_blocking(move || {
-            let handle = std::fs::File::open(directory)?;
+            let handle = match opened {
+                Some(handle) => handle,
+                None => Arc::new(File::open(directory)?),
+            };
             // One call for all files and directories below, instead of two for each chunk.
             rustix::fs::syncfs(&handle).map_err(std::io::Error::from)
         });
@@ -218,6 +254,34 @@ impl Storage {
             .map_err(|_| RepositoryError::WorkerDied)?
             .map_err(RepositoryError::local("make the chunks durable"))
     }
+}
+
+/// Removes the files that `object_store` writes to before it gives them their names (`NAME#DIGITS`), where they were
+/// last written at a time that `is_old` takes for old.
+fn remove_unfinished(directory: &std::path::Path, is_old: &dyn Fn(Timestamp) -> bool) -> std::io::Result<u64> {
+    let mut removed = 0;
+    for entry in std::fs::read_dir(directory)? {
+        let entry = entry?;
+        // Of a file that is gone meanwhile nothing is wanted.
+        let Ok(meta) = entry.metadata() else { continue };
+        if meta.is_dir() {
+            removed += remove_unfinished(&entry.path(), is_old)?;
+            continue;
+        }
+        let name = entry.file_name();
+        let suffix = name.to_str().and_then(|name| name.split_once('#')).map(|(_, suffix)| suffix);
+        let is_unfinished =
+            suffix.is_some_and(|suffix| !suffix.is_empty() && suffix.bytes().all(|b| b.is_ascii_digit()));
+        let written = meta.modified().ok().and_then(|written| Timestamp::try_from(written).ok());
+        if is_unfinished && meta.is_file() && written.is_some_and(is_old) {
+            match std::fs::remove_file(entry.path()) {
+                Ok(()) => removed += 1,
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    Ok(removed)
 }
 
 fn time_of(meta: &ObjectMeta) -> Timestamp {
@@ -230,7 +294,7 @@ pub(super) type Version = object_store::UpdateVersion;
 
 /// See [`Storage::lock`].
 #[derive(Debug)]
-pub struct StorageLock(#[allow(dead_code, reason = "held, and released when it is closed")] Option<std::fs::File>);
+pub struct StorageLock(#[allow(dead_code, reason = "held, and released when it is closed")] Option<File>);
 
 /// An object in a list.
 #[derive(Debug, Clone)]
@@ -258,5 +322,25 @@ mod tests {
         }
         assert_eq!(storage.get("a", 4).await.unwrap().unwrap(), b"mine"[..]);
         assert!(matches!(storage.get("a", 3).await, Err(RepositoryError::Damaged { .. })));
+    }
+
+    #[test]
+    fn unfinished_files_go_when_they_are_old() {
+        let directory = tempfile::tempdir().unwrap();
+        let below = directory.path().join("chunks/ab");
+        std::fs::create_dir_all(&below).unwrap();
+        for name in ["old#1", "old#23", "young#1", "whole", "odd#", "odd#1a"] {
+            std::fs::write(below.join(name), "x").unwrap();
+        }
+        let hour = std::time::Duration::from_secs(3600);
+        for name in ["old#1", "old#23", "whole", "odd#", "odd#1a"] {
+            let file = File::options().write(true).open(below.join(name)).unwrap();
+            file.set_modified(std::time::SystemTime::now() - hour).unwrap();
+        }
+        let limit = Timestamp::now() - jiff::SignedDuration::from_mins(30);
+        assert_eq!(remove_unfinished(directory.path(), &|written| written < limit).unwrap(), 2);
+        let mut left: Vec<_> = std::fs::read_dir(below).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["odd#", "odd#1a", "whole", "young#1"]);
     }
 }

@@ -82,7 +82,7 @@ impl RepositoryScene {
             for (sequence, time) in (known as u64 + 1..).zip(times) {
                 let manifest = manifest(vm, sequence, time.parse().expect("a time"));
                 let session = RepositorySession::start(repository.clone()).await.expect("a session");
-                session.commit(&manifest).await.expect("a commit");
+                session.commit(&manifest, std::time::Duration::from_secs(60)).await.expect("a commit");
                 ids.push(manifest.backup.id);
             }
             ids

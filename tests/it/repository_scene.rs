@@ -80,7 +80,7 @@ impl RepositoryScene {
         let pipeline = ChunkPipeline::new(Arc::clone(&session), level);
         let volumes = volumes.into_iter().map(|volume| self.store(&pipeline, volume)).collect();
         let manifest = Manifest { format_version: MANIFEST_VERSION, backup: record(vm, sequence), volumes };
-        self.runtime.block_on(session.commit(&manifest)).unwrap();
+        self.runtime.block_on(session.commit(&manifest, std::time::Duration::from_secs(60))).unwrap();
         manifest
     }
 

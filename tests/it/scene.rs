@@ -125,3 +125,14 @@ pub(crate) fn is_incremental(report: &Value) -> bool {
 pub(crate) fn reason(outcome: &Outcome) -> String {
     outcome.json::<Value>()["error"]["reason"].as_str().expect("a reason").to_owned()
 }
+
+/// Content that nothing compresses or deduplicates away, into a disk of a VM that has no guest.
+pub(crate) fn noise(scene: &Scene, volume: &str, seed: u64, at_mib: u64, mib: u64) {
+    let mut bytes = vec![0; (mib << 20) as usize];
+    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
+    let file = scene.vm.directory().join("noise");
+    std::fs::write(&file, bytes).expect("a file");
+    let mut control = scene.vm.control();
+    scene.vm.io(&mut control, volume, &format!("write -s {} {at_mib}M {mib}M", file.display()));
+    scene.vm.io(&mut control, volume, "flush");
+}

@@ -88,6 +88,7 @@ async fn of_pulls() {
             unit: 64 << 10,
             always: None,
             bandwidth: None,
+            socket: None,
             discard: false,
         };
         let stream = tokio::io::join(&seed[1..], tokio::io::sink());

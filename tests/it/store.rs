@@ -35,6 +35,13 @@ impl Store {
         Self { url, directory, environment: Vec::new(), s3: None }.init(chunk_size)
     }
 
+    /// Below this directory.
+    pub(crate) fn within(parent: &Path, chunk_size: u64) -> Self {
+        let directory = tempfile::tempdir_in(parent).expect("a directory");
+        let url = directory.path().join("repository").display().to_string();
+        Self { url, directory, environment: Vec::new(), s3: None }.init(chunk_size)
+    }
+
     /// In an S3 server, behind a proxy.
     pub(crate) fn s3(chunk_size: u64) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
@@ -45,6 +52,34 @@ impl Store {
             environment(&proxy.endpoint()).into_iter().map(|(name, value)| (name.into(), value)).collect();
         Self { url: format!("s3://{BUCKET}/some/prefix"), directory, environment, s3: Some((server, proxy)) }
             .init(chunk_size)
+    }
+
+    /// In a new directory below this one.
+    pub(crate) fn below(parent: &Path, chunk_size: u64) -> Self {
+        let url = parent.join("repository").display().to_string();
+        Self { url, directory: tempfile::tempdir().expect("a directory"), environment: Vec::new(), s3: None }
+            .init(chunk_size)
+    }
+
+    /// In place of the proxy nobody listens any more.
+    pub(crate) fn refuse_connections(&mut self) {
+        let (server, proxy) = self.s3.take().expect("a server");
+        drop(proxy);
+        // What is between us and the server has an address of its own, which nobody else uses now.
+        let unused = S3Proxy::start(server.address());
+        self.s3 = Some((server, unused));
+    }
+
+    /// A new proxy is before the server, which runs.
+    pub(crate) fn accept_connections(&mut self) {
+        let (_, proxy) = self.s3.as_ref().expect("a server");
+        self.environment =
+            environment(&proxy.endpoint()).into_iter().map(|(name, value)| (name.into(), value)).collect();
+    }
+
+    /// The proxy before the server.
+    pub(crate) fn proxy(&self) -> &S3Proxy {
+        &self.s3.as_ref().expect("a server").1
     }
 
     fn init(self, chunk_size: u64) -> Self {

@@ -80,7 +80,8 @@ debian_mirror() {
     uri=$(debian_source URIs)
     [ -n "$uri" ] || uri=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/*.list 2>/dev/null |
         sed -n "s/^deb \(\[[^]]*\] \)\?\([^ ]*\) $(debian_codename) .*/\2/p" | head -n 1)
-    echo "${uri:-http://deb.debian.org/debian}"
+    [ -n "$uri" ] || die "apt's sources name no archive of Debian"
+    echo "$uri"
 }
 
 debian_keyring() {

@@ -72,6 +72,11 @@ impl Cli {
         self
     }
 
+    /// The command, for somebody else to run.
+    pub(crate) fn into_command(self) -> Command {
+        self.command
+    }
+
     /// Runs it to its end.
     pub(crate) fn run(self) -> Outcome {
         self.spawn().finish()

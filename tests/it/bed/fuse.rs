@@ -153,6 +153,15 @@ impl Filesystem for Passthrough {
         answer(renamed, reply);
     }
 
+    fn link(&self, _: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
+        let linked = self.backing.inode(ino).and_then(|file| {
+            let parent = self.backing.inode(newparent)?;
+            rustix::fs::linkat(&*file, "", &*parent, newname, rustix::fs::AtFlags::EMPTY_PATH)?;
+            self.backing.enter(newparent, newname)
+        });
+        answer_entry(linked, reply);
+    }
+
     fn open(&self, _: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         match self.backing.reopen(ino, OFlags::from_bits_retain(flags.0.cast_unsigned())) {
             Ok(file) => reply.opened(self.backing.remember(file), FopenFlags::empty()),

@@ -89,7 +89,7 @@ impl Stored {
         }
         let summary = sink.finish().expect("the volume is stored");
         let manifest = manifest(size, &summary.content.expect("a root"));
-        runtime.block_on(session.commit(&manifest)).expect("a backup");
+        runtime.block_on(session.commit(&manifest, std::time::Duration::from_secs(60))).expect("a backup");
         Self { directory, content, repository }
     }
 
