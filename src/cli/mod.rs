@@ -4,6 +4,7 @@ mod backup;
 mod backup_run;
 mod check;
 mod connection;
+mod crds;
 mod error;
 mod forget;
 mod forget_plan;
@@ -67,6 +68,8 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Remove what a backup that was killed left in a VM, and release the guest
     Recover(recover::RecoverArgs),
+    /// Print the custom resource definitions of the operator
+    Crds(crds::CrdsArgs),
     #[command(hide = true, name = crate::fleecing::guardian::SUBCOMMAND)]
     Guardian { socket: Option<std::path::PathBuf>, domain: Option<String> },
 }
@@ -121,6 +124,7 @@ async fn run(command: Command) -> Result<ExitCode, CliError> {
         Command::Repository(command) => repository::run(command).await,
         Command::Inspect(args) => inspect::run(args).await,
         Command::Recover(args) => recover::run(args).await,
+        Command::Crds(args) => crds::run(&args),
         Command::Guardian { .. } => Ok(ExitCode::SUCCESS),
     }
 }
@@ -137,7 +141,7 @@ impl Command {
             Self::Repository(command) => command.output(),
             Self::Inspect(args) => args.output,
             Self::Recover(args) => args.output,
-            Self::Guardian { .. } => Output::Text,
+            Self::Crds(_) | Self::Guardian { .. } => Output::Text,
         }
     }
 }

@@ -2,6 +2,7 @@
 
 mod asked;
 mod bandwidth;
+pub mod config;
 mod pull;
 mod survey;
 mod trim;
