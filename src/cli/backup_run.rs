@@ -272,7 +272,7 @@ async fn copy(
                 size: Some(disk.volume.virtual_size),
                 bitmap: disk.previous_bitmap(),
                 always: match &disk.plan {
-                    VolumePlan::Incremental { grown, .. } => *grown,
+                    VolumePlan::Incremental { tail, .. } => *tail,
                     VolumePlan::Full { .. } => None,
                 },
                 unit,

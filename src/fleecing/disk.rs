@@ -191,6 +191,7 @@ fn volume(
 fn observed(bitmap: &command::BlockDirtyInfo) -> ObservedBitmap {
     ObservedBitmap {
         name: bitmap.name.clone(),
+        count: bitmap.count,
         granularity: bitmap.granularity,
         recording: bitmap.recording,
         busy: bitmap.busy,

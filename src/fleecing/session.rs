@@ -178,7 +178,8 @@ impl Session {
             self.add_fleece(slot, &volume, &fleece).await?;
             self.disks.push(SessionDisk { slot, volume, plan, fleece });
         }
-        self.start_nbd_server().await
+        self.start_nbd_server().await?;
+        self.prepare_end_marks().await
     }
 
     async fn add_fleece(&self, slot: Slot, volume: &Volume, fleece: &FleeceFile) -> Result<(), SessionError> {
@@ -305,7 +306,10 @@ impl Session {
         });
         let actions = jobs.chain(self.new_bitmaps()).chain(self.disable_previous()).collect();
         let begun = Instant::now();
-        self.qmp.execute(&Transaction { actions }).await.map_err(SessionError::qmp("making the point in time"))?;
+        let made = self.qmp.execute(&Transaction { actions }).await;
+        if let Err(error) = made.map_err(SessionError::qmp("making the point in time")) {
+            return Err(self.or_resized(error).await);
+        }
         Ok((Timestamp::now(), begun.elapsed()))
     }
 
@@ -313,7 +317,10 @@ impl Session {
     async fn cut_by_filters(&mut self, guardian: &mut Guardian) -> Result<(Timestamp, Duration), SessionError> {
         self.note(&Entry::Cut)?;
         let actions = self.new_bitmaps().collect();
-        self.qmp.execute(&Transaction { actions }).await.map_err(SessionError::qmp("starting the bitmaps"))?;
+        let started = self.qmp.execute(&Transaction { actions }).await;
+        if let Err(error) = started.map_err(SessionError::qmp("starting the bitmaps")) {
+            return Err(self.or_resized(error).await);
+        }
         let status = self.qmp.execute(&QueryStatus {}).await.map_err(SessionError::qmp("reading the VM's state"))?;
         for disk in &self.disks {
             let filter = NodeOptions::CopyBeforeWrite {
@@ -374,15 +381,20 @@ impl Session {
         Ok(())
     }
 
+    /// For each disk a bitmap that records, and its end mark.
     fn new_bitmaps(&self) -> impl Iterator<Item = TransactionAction> + '_ {
-        let name = self.new_bitmap();
-        self.disks.iter().map(move |disk| {
-            TransactionAction::BlockDirtyBitmapAdd(BitmapAdd {
-                node: disk.volume.format_node.clone(),
-                name: name.clone(),
-                granularity: GRANULARITY,
-                persistent: disk.volume.persistent_bitmaps,
-            })
+        let new = self.new_name();
+        self.disks.iter().flat_map(move |disk| {
+            let add = |name: String, disabled| {
+                TransactionAction::BlockDirtyBitmapAdd(BitmapAdd {
+                    node: disk.volume.format_node.clone(),
+                    name,
+                    granularity: GRANULARITY,
+                    persistent: disk.volume.persistent_bitmaps,
+                    disabled,
+                })
+            };
+            [add(new.to_string(), false), add(new.end_mark(), true), Self::set_end_mark(disk, new.end_mark())]
         })
     }
 
@@ -396,11 +408,16 @@ impl Session {
 
     /// Name of the bitmap that this session starts on every disk.
     pub fn new_bitmap(&self) -> String {
-        BitmapName::new(&self.begin.bitmap_line, &self.begin.backup).to_string()
+        self.new_name().to_string()
+    }
+
+    pub(super) fn new_name(&self) -> BitmapName {
+        BitmapName::new(&self.begin.bitmap_line, &self.begin.backup)
     }
 
     /// Makes the snapshots readable over NBD.
     pub async fn export(&mut self) -> Result<(), SessionError> {
+        self.check_end_marks().await?;
         for index in 0..self.disks.len() {
             let slot = self.disks[index].slot;
             if self.engine.view == View::SnapshotAccess {
@@ -489,6 +506,11 @@ impl Session {
                 }));
             }
             actions.push(TransactionAction::BlockDirtyBitmapRemove(new));
+            let mark = self.new_name().end_mark();
+            if exists(&mark) {
+                let mark = BitmapRef { node: disk.volume.format_node.clone(), name: mark };
+                actions.push(TransactionAction::BlockDirtyBitmapRemove(mark));
+            }
             self.qmp.execute(&Transaction { actions }).await.map_err(SessionError::qmp("rolling back the bitmaps"))?;
         }
         Ok(())

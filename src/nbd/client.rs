@@ -68,8 +68,8 @@ pub struct NbdClient<S = UnixStream> {
     unfragmented: bool,
     can_trim: bool,
     contexts: Vec<u32>,
-    /// Discards that are not answered yet.
-    trims: Vec<u64>,
+    /// Requests that are not answered yet and whose answer has no content.
+    plain: Vec<u64>,
     next_cookie: u64,
 }
 
@@ -79,7 +79,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> NbdClient<S> {
         let mut stream = BufReader::with_capacity(16 << 10, stream);
         let settled = handshake::negotiate(&mut stream, export, contexts).await?;
         let handshake::Settled { size, unfragmented, trims: can_trim, contexts } = settled;
-        Ok(Self { stream, size, unfragmented, can_trim, contexts, trims: Vec::new(), next_cookie: 1 })
+        Ok(Self { stream, size, unfragmented, can_trim, contexts, plain: Vec::new(), next_cookie: 1 })
     }
 
     /// Bytes of the export.
@@ -112,7 +112,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> NbdClient<S> {
     /// Asks to discard a range. What was discarded can neither be read any more, nor its state be asked for.
     pub async fn ask_trim(&mut self, offset: u64, length: u32) -> Result<u64, NbdError> {
         let cookie = self.ask(CMD_TRIM, 0, offset, length).await?;
-        self.trims.push(cookie);
+        self.plain.push(cookie);
+        Ok(cookie)
+    }
+
+    /// Asks to overwrite a range with zeroes.
+    pub async fn ask_zeroes(&mut self, offset: u64, length: u32) -> Result<u64, NbdError> {
+        let cookie = self.ask(CMD_WRITE_ZEROES, 0, offset, length).await?;
+        self.plain.push(cookie);
         Ok(cookie)
     }
 
@@ -138,13 +145,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> NbdClient<S> {
     /// The next chunk. `longest` bounds its data, in bytes: the longest request outstanding.
     pub async fn receive(&mut self, longest: u64) -> Result<Chunk, NbdError> {
         let magic = self.stream.read_u32().await?;
-        if magic == MAGIC_SIMPLE && !self.trims.is_empty() {
-            // QEMU's answer to a discard; it is no answer to what has content.
+        if magic == MAGIC_SIMPLE && !self.plain.is_empty() {
+            // QEMU's answer to what has no content, and to nothing else.
             let errno = self.stream.read_u32().await?;
             let cookie = self.stream.read_u64().await?;
-            let known = self.trims.iter().position(|trim| *trim == cookie);
+            let known = self.plain.iter().position(|plain| *plain == cookie);
             let known = known.ok_or_else(|| NbdError::Protocol("a simple reply to a structured request".into()))?;
-            self.trims.swap_remove(known);
+            self.plain.swap_remove(known);
             let content = if errno == 0 { Content::None } else { Content::Error { errno } };
             return Ok(Chunk { cookie, done: true, content });
         }
@@ -194,7 +201,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> NbdClient<S> {
             kind => return Err(NbdError::Protocol(format!("a chunk of type {kind}"))),
         };
         let done = flags & CHUNK_DONE != 0;
-        self.trims.retain(|trim| *trim != cookie || !done);
+        self.plain.retain(|plain| *plain != cookie || !done);
         Ok(Chunk { cookie, done, content })
     }
 
