@@ -7,6 +7,7 @@ mod cluster;
 mod controller;
 mod crash;
 mod dependencies;
+mod discard;
 mod faults;
 mod forget;
 mod guest_agent;
