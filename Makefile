@@ -1,5 +1,5 @@
 # `make help` says what there is.
-.PHONY: help demo test soak fuzz bench check
+.PHONY: help demo test soak fuzz bench check generate
 
 help: ## This list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -24,3 +24,6 @@ bench: ## Measures on a real guest
 check: ## Formatting and lints, as CI checks them
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
+
+generate: ## Writes the generated files: custom resource definitions
+	cargo run --locked --quiet -- crds --directory crds

@@ -5,10 +5,39 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// What each folder may use besides itself and `reason`. A new folder has to be entered here.
-const MAY_USE: [(&str, &[&str]); 12] = [
-    ("cli", &["fleecing", "mover", "repository", "image", "nbd", "guest_agent", "qmp", "backup", "chain", "extent"]),
+const MAY_USE: [(&str, &[&str]); 18] = [
+    (
+        "cli",
+        &[
+            "controller",
+            "agent",
+            "operator",
+            "run",
+            "api",
+            "kubevirt",
+            "fleecing",
+            "mover",
+            "repository",
+            "image",
+            "nbd",
+            "guest_agent",
+            "qmp",
+            "backup",
+            "chain",
+            "extent",
+        ],
+    ),
+    ("controller", &["operator", "api", "kubevirt", "mover", "backup", "chain"]),
+    (
+        "agent",
+        &["operator", "run", "api", "kubevirt", "fleecing", "mover", "guest_agent", "qmp", "backup", "chain", "extent"],
+    ),
+    ("operator", &[]),
+    ("run", &["fleecing", "mover", "nbd", "guest_agent", "qmp", "backup", "chain", "extent"]),
+    ("api", &[]),
+    ("kubevirt", &[]),
     ("fleecing", &["image", "nbd", "guest_agent", "qmp", "chain", "extent"]),
-    ("mover", &["image", "nbd", "guest_agent", "qmp", "chain", "extent"]),
+    ("mover", &["repository", "image", "nbd", "guest_agent", "qmp", "backup", "chain", "extent"]),
     ("repository", &["image", "backup", "chain", "extent"]),
     ("image", &["qmp", "backup", "chain", "extent"]),
     ("nbd", &["qmp", "chain", "extent"]),
