@@ -5,6 +5,7 @@ mod backup_run;
 mod check;
 mod connection;
 mod crds;
+mod crds_reference;
 mod error;
 mod forget;
 mod forget_plan;
