@@ -1,0 +1,83 @@
+//! The agent's privileges: what it does works with them, and fails without any one of them.
+
+use std::process::Command;
+
+/// A pod's directory of another user with a socket in it, a fleece directory, and the mounts of the agent's pod. The
+/// last arguments are the capabilities that are left and what is done with them.
+const SCENE: &str = r#"
+set -euo pipefail
+work=$1 capabilities=$2 action=$3
+mkdir -p "$work"/host/pods/uid "$work"/agent/pods "$work"/fleece
+chmod 750 "$work"/host/pods "$work"/host/pods/uid
+mount --bind "$work"/host/pods "$work"/agent/pods
+mount --make-slave "$work"/agent/pods
+mount -o remount,bind,ro "$work"/agent/pods
+# Made after the agent's mount: a mover's directory in memory, of its user, whom alone it lets in.
+mkdir "$work"/host/pods/uid/mover
+mount -t tmpfs -o uid=107,gid=107,mode=700 none "$work"/host/pods/uid/mover
+setpriv --reuid=107 --regid=107 --clear-groups python3 - "$work"/host/pods/uid/mover/s <<'PYTHON' &
+import os, socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.bind(sys.argv[1])
+os.chmod(sys.argv[1], 0o700)
+server.listen()
+peer, _ = server.accept()
+peer.sendall(b"hello")
+PYTHON
+server=$!
+trap 'kill $server 2>/dev/null || true' EXIT
+for _ in {1..100}; do [ -S "$work"/host/pods/uid/mover/s ] && break; sleep 0.1; done
+setpriv --bounding-set="$capabilities" --inh-caps="$capabilities" --no-new-privs -- python3 - "$work" "$action" <<'PYTHON'
+import os, socket, struct, sys
+work, action = sys.argv[1:]
+if action == "connect":
+    peer = socket.socket(socket.AF_UNIX)
+    peer.connect(work + "/agent/pods/uid/mover/s")
+    pid, uid, gid = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    print(peer.recv(5).decode(), "pid" if pid else "no pid", uid)
+elif action == "fleece":
+    fd = os.open(work + "/fleece/f", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    os.fchown(fd, 107, 107)
+    os.posix_fallocate(fd, 0, 65536)
+    again = os.open(work + "/fleece/f", os.O_RDONLY)
+    os.unlink(work + "/fleece/f")
+    print("fleece of", os.fstat(again).st_uid)
+elif action == "write":
+    open(work + "/agent/pods/uid/planted", "w")
+PYTHON
+"#;
+
+/// Runs an action in mounts of its own with these capabilities, and perhaps in a PID namespace of its own.
+fn attempt(capabilities: &str, action: &str, own_pids: bool) -> Result<String, String> {
+    let directory = tempfile::tempdir().expect("a directory");
+    let script = if own_pids {
+        // The agent's side alone is in another namespace.
+        SCENE.replace("\nsetpriv --bounding-set", "\nunshare --pid --fork setpriv --bounding-set")
+    } else {
+        SCENE.to_owned()
+    };
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--propagation", "private", "bash", "-c", &script, "scene"]);
+    let output = command.arg(directory.path()).args([capabilities, action]).output().expect("running unshare");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+    if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
+}
+
+#[test]
+fn two_capabilities_suffice_and_none_is_too_many() {
+    let all = "-all,+dac_override,+chown";
+    assert_eq!(attempt(all, "connect", false).as_deref(), Ok("hello pid 107"));
+    assert_eq!(attempt(all, "fleece", false).as_deref(), Ok("fleece of 107"));
+    let denied = |capabilities, action| attempt(capabilities, action, false).expect_err(action);
+    assert!(denied("-all,+chown", "connect").contains("PermissionError"));
+    // Going through directories is not enough: connecting is a write.
+    assert!(denied("-all,+chown,+dac_read_search", "connect").contains("PermissionError"));
+    assert!(denied("-all,+dac_override", "fleece").contains("PermissionError"));
+    assert!(denied(all, "write").contains("Read-only file system"));
+}
+
+#[test]
+fn without_the_hosts_pids_nobody_knows_who_is_at_the_other_end() {
+    let all = "-all,+dac_override,+chown";
+    assert_eq!(attempt(all, "connect", true).as_deref(), Ok("hello no pid 107"));
+}
