@@ -4,6 +4,7 @@ mod bed;
 mod bench;
 mod chain;
 mod chart;
+mod cluster;
 mod crash;
 mod dependencies;
 mod faults;

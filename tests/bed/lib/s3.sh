@@ -10,52 +10,23 @@ s3_key() { key_of "$BED_SOURCE/lib/s3.sh"; }
 
 s3_is_current() { is_current s3 "$(s3_key)"; }
 
-# Any Go since 1.21 fetches the version that the module asks for, once told that it may.
-s3_go() {
-    local go
-    for go in "$(command -v go || true)" /usr/local/go/bin/go /usr/bin/go; do
-        if [ -x "$go" ] && "$go" version | grep -Eq ' go1\.(2[1-9]|[3-9][0-9])'; then
-            echo "$go"
-            return
-        fi
-    done
-}
-
-# s3_run_go WORK ARGUMENT...: Go with caches of its own, so that nothing stays behind, and only the module's settings.
-s3_run_go() {
-    local work=$1
-    shift
-    env -u GOWORK -u GOROOT -u GOOS -u GOARCH GOFLAGS=-modcacherw GOTOOLCHAIN=auto CGO_ENABLED=0 \
-        GOPATH="$work/go" GOMODCACHE="$work/modules" GOCACHE="$work/cache" GOTMPDIR="$work/tmp" "$S3_GO" "$@"
-}
-
 build_s3() {
-    local work module S3_GO backports=()
-    S3_GO=$(s3_go)
-    if [ -z "$S3_GO" ]; then
-        # It also sees to backports, where they are needed.
-        setup packages
-        [ "$(debian_codename)" != bookworm ] || backports=(-t bookworm-backports)
-        say "s3: installing Go"
-        update_lists
-        install_packages "${backports[@]}" golang-go ca-certificates
-        S3_GO=$(s3_go)
-        [ -n "$S3_GO" ] || die "s3: Debian's Go is older than 1.21"
-    fi
+    local work module
+    install_go s3
     work=$(new_directory s3)
     mkdir -p "$work"/{tmp,out}
 
     say "s3: fetching $S3_MODULE $S3_VERSION"
     # Downloads outside a module, since a module's own go.mod is not to be changed.
     cd "$work/tmp"
-    quietly s3_run_go "$work" mod download -json "$S3_MODULE@v$S3_VERSION"
-    module=$(s3_run_go "$work" mod download -json "$S3_MODULE@v$S3_VERSION")
+    quietly run_go "$work" mod download -json "$S3_MODULE@v$S3_VERSION"
+    module=$(run_go "$work" mod download -json "$S3_MODULE@v$S3_VERSION")
     grep -qF "\"Sum\": \"$S3_SUM\"" <<<"$module" || die "s3: $S3_MODULE $S3_VERSION is not what was pinned: $module"
 
     say "s3: compiling (some minutes)"
     # As the main module its go.sum is binding: -mod=readonly adds nothing to it.
     cd "$work/modules/$S3_MODULE@v$S3_VERSION"
-    quietly s3_run_go "$work" build -mod=readonly -buildvcs=false -trimpath -ldflags "-s -w -X main.Version=$S3_VERSION" \
+    quietly run_go "$work" build -mod=readonly -buildvcs=false -trimpath -ldflags "-s -w -X main.Version=$S3_VERSION" \
         -o "$work/out/versitygw" ./cmd/versitygw
     cd /
     quietly "$work/out/versitygw" --version

@@ -2,15 +2,18 @@
 
 use std::process::Command;
 
-/// A pod's directory of another user with a socket in it, a fleece directory, and the mounts of the agent's pod. The
-/// last arguments are the capabilities that are left and what is done with them.
+/// A pod's directory of another user with a socket in it, a fleece directory, and the mounts of the agent's pod.
+/// Arguments: the capabilities that are left, what is done with them, and how later mounts come through.
 const SCENE: &str = r#"
 set -euo pipefail
-work=$1 capabilities=$2 action=$3
+work=$1 capabilities=$2 action=$3 propagation=$4
+mkdir -p "$work"/host
+mount --bind "$work"/host "$work"/host
+mount --make-shared "$work"/host
 mkdir -p "$work"/host/pods/uid "$work"/agent/pods "$work"/fleece
 chmod 750 "$work"/host/pods "$work"/host/pods/uid
 mount --bind "$work"/host/pods "$work"/agent/pods
-mount --make-slave "$work"/agent/pods
+mount --make-"$propagation" "$work"/agent/pods
 mount -o remount,bind,ro "$work"/agent/pods
 # Made after the agent's mount: a mover's directory in memory, of its user, whom alone it lets in.
 mkdir "$work"/host/pods/uid/mover
@@ -47,37 +50,45 @@ elif action == "write":
 PYTHON
 "#;
 
-/// Runs an action in mounts of its own with these capabilities, and perhaps in a PID namespace of its own.
-fn attempt(capabilities: &str, action: &str, own_pids: bool) -> Result<String, String> {
+/// The capabilities of the agent's container in the chart.
+const CAPABILITIES: &str = "-all,+dac_override,+chown";
+
+/// Runs an action in mounts of its own.
+fn attempt(script: &str, capabilities: &str, action: &str, propagation: &str) -> Result<String, String> {
     let directory = tempfile::tempdir().expect("a directory");
-    let script = if own_pids {
-        // The agent's side alone is in another namespace.
-        SCENE.replace("\nsetpriv --bounding-set", "\nunshare --pid --fork setpriv --bounding-set")
-    } else {
-        SCENE.to_owned()
-    };
     let mut command = Command::new("unshare");
-    command.args(["--mount", "--propagation", "private", "bash", "-c", &script, "scene"]);
-    let output = command.arg(directory.path()).args([capabilities, action]).output().expect("running unshare");
+    command.args(["--mount", "--propagation", "private", "bash", "-c", script, "scene"]);
+    command.arg(directory.path()).args([capabilities, action, propagation]);
+    let output = command.output().expect("running unshare");
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
     if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
 }
 
 #[test]
 fn two_capabilities_suffice_and_none_is_too_many() {
-    let all = "-all,+dac_override,+chown";
-    assert_eq!(attempt(all, "connect", false).as_deref(), Ok("hello pid 107"));
-    assert_eq!(attempt(all, "fleece", false).as_deref(), Ok("fleece of 107"));
-    let denied = |capabilities, action| attempt(capabilities, action, false).expect_err(action);
-    assert!(denied("-all,+chown", "connect").contains("PermissionError"));
+    let with = |capabilities: &str, action: &str| attempt(SCENE, capabilities, action, "slave");
+    assert_eq!(with(CAPABILITIES, "connect").as_deref(), Ok("hello pid 107"));
+    assert_eq!(with(CAPABILITIES, "fleece").as_deref(), Ok("fleece of 107"));
+    let denied = |capabilities: &str, action: &str, why: &str| {
+        let error = with(capabilities, action).expect_err(action);
+        assert!(error.contains(why), "{capabilities} {action}: {error}");
+    };
+    denied("-all,+chown", "connect", "PermissionError");
     // Going through directories is not enough: connecting is a write.
-    assert!(denied("-all,+chown,+dac_read_search", "connect").contains("PermissionError"));
-    assert!(denied("-all,+dac_override", "fleece").contains("PermissionError"));
-    assert!(denied(all, "write").contains("Read-only file system"));
+    denied("-all,+chown,+dac_read_search", "connect", "PermissionError");
+    denied("-all,+dac_override", "fleece", "PermissionError");
+    denied(CAPABILITIES, "write", "Read-only file system");
+}
+
+#[test]
+fn a_mount_that_comes_later_has_to_come_through() {
+    let error = attempt(SCENE, CAPABILITIES, "connect", "private").expect_err("an empty directory");
+    assert!(error.contains("FileNotFoundError"), "{error}");
 }
 
 #[test]
 fn without_the_hosts_pids_nobody_knows_who_is_at_the_other_end() {
-    let all = "-all,+dac_override,+chown";
-    assert_eq!(attempt(all, "connect", true).as_deref(), Ok("hello no pid 107"));
+    // The agent's side alone is in another namespace.
+    let scene = SCENE.replace("\nsetpriv --bounding-set", "\nunshare --pid --fork setpriv --bounding-set");
+    assert_eq!(attempt(&scene, CAPABILITIES, "connect", "slave").as_deref(), Ok("hello no pid 107"));
 }
