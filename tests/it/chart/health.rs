@@ -133,6 +133,7 @@ fn the_config_map_has_the_same_script() {
     let script = fs::read_to_string(checkout("examples/argocd/health.lua")).expect("health.lua");
     let map = fs::read_to_string(checkout("examples/argocd/argocd-cm.yaml")).expect("argocd-cm.yaml");
     let (_, copy) = map.split_once("      health.lua: |\n").expect("a script in the map");
-    let copy: String = copy.lines().map(|line| line.strip_prefix("        ").unwrap_or(line).to_owned() + "\n").collect();
+    let copy: String =
+        copy.lines().map(|line| line.strip_prefix("        ").unwrap_or(line).to_owned() + "\n").collect();
     assert_eq!(copy, script);
 }

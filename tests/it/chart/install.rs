@@ -31,7 +31,10 @@ fn an_uninstalled_release_leaves_the_definitions_and_nothing_else() {
     install(&cluster, &[]);
     assert!(left(&admin, &before).len() > 15, "{:?}", left(&admin, &before));
     cluster.create_namespace("team-a");
-    let before = before.union(&everything(&admin).into_iter().filter(|name| name.contains("team-a")).collect()).cloned().collect();
+    let before = before
+        .union(&everything(&admin).into_iter().filter(|name| name.contains("team-a")).collect())
+        .cloned()
+        .collect();
     admin.apply(&backup("team-a", "kept", "web"));
 
     let chart = chart();

@@ -10,7 +10,13 @@ mod render;
 mod roles;
 
 use crate::cluster::{BoundTo, Cluster, Kubectl};
-use serde_json::Value;
+use kube::{
+    Api, Client, Config,
+    api::{Patch, PatchParams},
+    config::Kubeconfig,
+    core::{ApiResource, DynamicObject, GroupVersionKind},
+};
+use serde_json::{Value, json};
 use std::{
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -18,6 +24,11 @@ use std::{
 
 /// The operator's namespace, and the name of the release.
 const OPERATOR: &str = "virt-fleece";
+
+/// Kind and plural.
+const BACKUPS: (&str, &str) = ("VirtualMachineBackup", "virtualmachinebackups");
+const REPOSITORIES: (&str, &str) = ("BackupRepository", "backuprepositories");
+const CLUSTER_REPOSITORIES: (&str, &str) = ("ClusterBackupRepository", "clusterbackuprepositories");
 
 /// A path of the checkout.
 fn checkout(path: &str) -> PathBuf {
@@ -53,23 +64,13 @@ fn installed() -> Cluster {
     cluster.create_namespace("probe");
     cluster.admin().apply(&backup("probe", "probe", "vm"));
     until("the admission policies act", || {
-        let status = [
-            "-n",
-            "probe",
-            "patch",
-            "vfb",
-            "probe",
-            "--subresource=status",
-            "--type=merge",
-            "-p",
-            r#"{"status":{"message":"x"}}"#,
-        ];
+        let write = |who: &Kubectl| merge_status(who, BACKUPS, Some("probe"), "probe", &json!({ "message": "x" }));
         let pod = r#"{"apiVersion":"v1","kind":"Pod","metadata":{"name":"probe","labels":{"virtfleece.io/backup":"x"}},
             "spec":{"containers":[{"name":"c","image":"i"}]}}"#;
         let agent = account(&cluster, "virt-fleece-agent", None);
-        cluster.admin().attempt(status).is_err_and(|error| error.contains("virt-fleece alone"))
+        write(&cluster.admin()).is_err_and(|error| error.contains("virt-fleece alone"))
             && cluster.admin().feed(["-n", "probe", "create", "--dry-run=server", "-f", "-"], pod).is_err()
-            && agent.attempt(status).is_err_and(|error| error.contains("names no node"))
+            && write(&agent).is_err_and(|error| error.contains("names no node"))
     });
     cluster
 }
@@ -77,6 +78,31 @@ fn installed() -> Cluster {
 /// kubectl as a service account of the operator, by a token that is bound to this pod.
 fn account(cluster: &Cluster, name: &str, pod: Option<&str>) -> Kubectl {
     cluster.bearer(&cluster.admin().token(OPERATOR, name, pod.map(BoundTo::Pod)))
+}
+
+/// A merge into the status of an object of ours, in one request: kubectl reads the status first, and nobody needs the
+/// right to do that.
+fn merge_status(
+    who: &Kubectl,
+    (kind, plural): (&str, &str),
+    namespace: Option<&str>,
+    name: &str,
+    status: &Value,
+) -> Result<(), String> {
+    let resource = ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk("virtfleece.io", "v1alpha1", kind), plural);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let file = Kubeconfig::read_from(who.kubeconfig()).expect("a kubeconfig");
+        let config = Config::from_custom_kubeconfig(file, &kube::config::KubeConfigOptions::default()).await;
+        let client = Client::try_from(config.expect("a configuration")).expect("a client");
+        let api: Api<DynamicObject> = match namespace {
+            Some(namespace) => Api::namespaced_with(client, namespace, &resource),
+            None => Api::all_with(client, &resource),
+        };
+        let patch = Patch::Merge(json!({ "status": status }));
+        api.patch_status(name, &PatchParams::default(), &patch).await.map_err(|error| error.to_string())?;
+        Ok(())
+    })
 }
 
 /// A backup of a VM, as YAML.

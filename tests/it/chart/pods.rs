@@ -35,7 +35,9 @@ fn the_controller_is_restricted_and_the_agent_asks_for_what_is_written_down() {
     for expected in ["host namespaces (hostPID=true)", "hostPath volumes (volumes \"pods\", \"fleece\")", "spc_t"] {
         assert!(reasons.contains(expected), "{expected}: {said}");
     }
-    for unwanted in ["privileged (container", "capabilities", "hostNetwork", "hostIPC", "hostPort", "seccomp", "procMount"] {
+    for unwanted in
+        ["privileged (container", "capabilities", "hostNetwork", "hostIPC", "hostPort", "seccomp", "procMount"]
+    {
         assert!(!reasons.contains(unwanted), "{unwanted}: {said}");
     }
     let security = &agent["spec"]["template"]["spec"]["containers"][0]["securityContext"];

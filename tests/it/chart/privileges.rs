@@ -18,19 +18,21 @@ mount -o remount,bind,ro "$work"/agent/pods
 # Made after the agent's mount: a mover's directory in memory, of its user, whom alone it lets in.
 mkdir "$work"/host/pods/uid/mover
 mount -t tmpfs -o uid=107,gid=107,mode=700 none "$work"/host/pods/uid/mover
-setpriv --reuid=107 --regid=107 --clear-groups python3 - "$work"/host/pods/uid/mover/s <<'PYTHON' &
-import os, socket, sys
+cd "$work"/host/pods/uid/mover
+setpriv --reuid=107 --regid=107 --clear-groups /usr/bin/python3 - <<'PYTHON' &
+import os, socket
 server = socket.socket(socket.AF_UNIX)
-server.bind(sys.argv[1])
-os.chmod(sys.argv[1], 0o700)
+server.bind("s")
+os.chmod("s", 0o700)
 server.listen()
 peer, _ = server.accept()
 peer.sendall(b"hello")
 PYTHON
 server=$!
 trap 'kill $server 2>/dev/null || true' EXIT
+cd /
 for _ in {1..100}; do [ -S "$work"/host/pods/uid/mover/s ] && break; sleep 0.1; done
-setpriv --bounding-set="$capabilities" --inh-caps="$capabilities" --no-new-privs -- python3 - "$work" "$action" <<'PYTHON'
+setpriv --bounding-set="$capabilities" --inh-caps="$capabilities" --no-new-privs -- /usr/bin/python3 - "$work" "$action" <<'PYTHON'
 import os, socket, struct, sys
 work, action = sys.argv[1:]
 if action == "connect":

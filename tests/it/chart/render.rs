@@ -43,9 +43,9 @@ fn what_is_generated_is_current() {
     let directory = tempfile::tempdir().expect("a directory");
     let status = Command::new(checkout("charts/render")).arg(directory.path()).env("HELM", tool("HELM")).status();
     assert!(status.expect("charts/render").success());
-    let crds = fs::read_dir(checkout("crds")).expect("crds").map(|file| {
-        PathBuf::from("charts/virt-fleece/files/crds").join(file.expect("a file").file_name())
-    });
+    let crds = fs::read_dir(checkout("crds"))
+        .expect("crds")
+        .map(|file| PathBuf::from("charts/virt-fleece/files/crds").join(file.expect("a file").file_name()));
     let mut files: Vec<_> = crds.collect();
     let copies = fs::read_dir(checkout("charts/virt-fleece/files/crds")).expect("files/crds").count();
     assert_eq!(copies, files.len(), "the chart has definitions that crds/ has not");
@@ -96,7 +96,8 @@ fn definitions_are_those_of_crds(admin: &Kubectl) {
 /// Values end up where they should.
 fn values_arrive(admin: &Kubectl) {
     let all = objects(admin, &rendered("everything"));
-    let container = |kind: &str, name: &str| find(&all, kind, name)["spec"]["template"]["spec"]["containers"][0].clone();
+    let container =
+        |kind: &str, name: &str| find(&all, kind, name)["spec"]["template"]["spec"]["containers"][0].clone();
     let (controller, agent) =
         (container("Deployment", "backup-operator-controller"), container("DaemonSet", "backup-operator-agent"));
     let image = "registry.example.com:5000/mirror/virt-fleece@sha256:\
@@ -130,7 +131,8 @@ fn values_arrive(admin: &Kubectl) {
     let crd = find(&all, "CustomResourceDefinition", "virtualmachinebackups.virtfleece.io");
     assert!(crd["metadata"]["annotations"].get("helm.sh/resource-policy").is_none(), "crds.keep=false");
     // The policies name the accounts that there are.
-    let policy = find(&all, "ValidatingAdmissionPolicy", "backup-operator-agents")["spec"]["matchConditions"].to_string();
+    let policy =
+        find(&all, "ValidatingAdmissionPolicy", "backup-operator-agents")["spec"]["matchConditions"].to_string();
     assert!(policy.contains("system:serviceaccount:virt-fleece:fleece-agent"), "{policy}");
 
     let least = objects(admin, &rendered("least"));
@@ -166,6 +168,7 @@ fn wrong_values_are_refused_with_their_place() {
         assert!(error.contains(wanted), "{value}: {error}");
     }
     let same = ["controller", "agent"].map(|part| format!("{part}.serviceAccount.name=one"));
-    let error = helm(&["template", "virt-fleece", &chart(), "--set", &same[0], "--set", &same[1]]).expect_err("one account");
+    let error =
+        helm(&["template", "virt-fleece", &chart(), "--set", &same[0], "--set", &same[1]]).expect_err("one account");
     assert!(error.contains("are the same account"), "{error}");
 }

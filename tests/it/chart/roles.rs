@@ -36,31 +36,35 @@ const CHANGES: &str = "create update patch delete deletecollection";
 fn the_operators_accounts_may_what_is_written_down() {
     let cluster = installed();
     let controller = account(&cluster, "virt-fleece-controller", None);
-    check(&controller, "team-a", &[
-        ("get list watch patch", BACKUPS, true),
-        ("create update delete deletecollection", BACKUPS, false),
-        ("patch", &format!("{BACKUPS}/status"), true),
-        ("get list watch", REPOSITORIES, true),
-        ("patch", &format!("{REPOSITORIES}/status"), true),
-        (CHANGES, REPOSITORIES, false),
-        ("get list watch", CLUSTER_REPOSITORIES, true),
-        (CHANGES, CLUSTER_REPOSITORIES, false),
-        ("get list watch create delete", "pods", true),
-        ("update patch deletecollection", "pods", false),
-        ("create get", "pods/exec", false),
-        ("get", "pods/log", false),
-        ("get list watch create", "secrets", false),
-        ("get list", "nodes", false),
-        ("get list watch", "namespaces", true),
-        ("get list watch", "virtualmachines.kubevirt.io", true),
-        (CHANGES, "virtualmachines.kubevirt.io", false),
-        (CHANGES, "virtualmachineinstances.kubevirt.io", false),
-        ("create", "events.events.k8s.io", true),
-        ("get list watch create update patch", "leases.coordination.k8s.io", false),
-        ("create", "serviceaccounts/token", false),
-        ("create bind escalate", "clusterroles.rbac.authorization.k8s.io", false),
-        ("impersonate", "users", false),
-    ]);
+    check(
+        &controller,
+        "team-a",
+        &[
+            ("get list watch patch", BACKUPS, true),
+            ("create update delete deletecollection", BACKUPS, false),
+            ("patch", &format!("{BACKUPS}/status"), true),
+            ("get list watch", REPOSITORIES, true),
+            ("patch", &format!("{REPOSITORIES}/status"), true),
+            (CHANGES, REPOSITORIES, false),
+            ("get list watch", CLUSTER_REPOSITORIES, true),
+            (CHANGES, CLUSTER_REPOSITORIES, false),
+            ("get list watch create delete", "pods", true),
+            ("update patch deletecollection", "pods", false),
+            ("create get", "pods/exec", false),
+            ("get", "pods/log", false),
+            ("get list watch create", "secrets", false),
+            ("get list", "nodes", false),
+            ("get list watch", "namespaces", true),
+            ("get list watch", "virtualmachines.kubevirt.io", true),
+            (CHANGES, "virtualmachines.kubevirt.io", false),
+            (CHANGES, "virtualmachineinstances.kubevirt.io", false),
+            ("create", "events.events.k8s.io", true),
+            ("get list watch create update patch", "leases.coordination.k8s.io", false),
+            ("create", "serviceaccounts/token", false),
+            ("create bind escalate", "clusterroles.rbac.authorization.k8s.io", false),
+            ("impersonate", "users", false),
+        ],
+    );
     let lease = |name: &str, verb: &str| {
         let object = format!("leases.coordination.k8s.io/{name}");
         controller.attempt(["-n", OPERATOR, "auth", "can-i", verb, &object]).is_ok()
@@ -71,26 +75,30 @@ fn the_operators_accounts_may_what_is_written_down() {
     assert!(!lease("virt-fleece-controller", "delete"));
 
     let agent = account(&cluster, "virt-fleece-agent", None);
-    check(&agent, OPERATOR, &[
-        ("get list watch", BACKUPS, true),
-        (CHANGES, BACKUPS, false),
-        ("patch", &format!("{BACKUPS}/status"), true),
-        ("update", &format!("{BACKUPS}/status"), false),
-        ("get list watch create", REPOSITORIES, false),
-        ("get list watch", CLUSTER_REPOSITORIES, false),
-        ("get list watch", "pods", true),
-        (CHANGES, "pods", false),
-        ("create", "pods/exec", false),
-        ("get list watch", "virtualmachineinstances.kubevirt.io", true),
-        (CHANGES, "virtualmachineinstances.kubevirt.io", false),
-        (CHANGES, "virtualmachineinstancemigrations.kubevirt.io", false),
-        ("get list watch", "secrets", false),
-        ("get list watch", "configmaps", false),
-        ("create patch", "events.events.k8s.io", false),
-        ("get create update", "leases.coordination.k8s.io", false),
-        ("get list patch", "nodes", false),
-        ("create", "serviceaccounts/token", false),
-    ]);
+    check(
+        &agent,
+        OPERATOR,
+        &[
+            ("get list watch", BACKUPS, true),
+            (CHANGES, BACKUPS, false),
+            ("patch", &format!("{BACKUPS}/status"), true),
+            ("update", &format!("{BACKUPS}/status"), false),
+            ("get list watch create", REPOSITORIES, false),
+            ("get list watch", CLUSTER_REPOSITORIES, false),
+            ("get list watch", "pods", true),
+            (CHANGES, "pods", false),
+            ("create", "pods/exec", false),
+            ("get list watch", "virtualmachineinstances.kubevirt.io", true),
+            (CHANGES, "virtualmachineinstances.kubevirt.io", false),
+            (CHANGES, "virtualmachineinstancemigrations.kubevirt.io", false),
+            ("get list watch", "secrets", false),
+            ("get list watch", "configmaps", false),
+            ("create patch", "events.events.k8s.io", false),
+            ("get create update", "leases.coordination.k8s.io", false),
+            ("get list patch", "nodes", false),
+            ("create", "serviceaccounts/token", false),
+        ],
+    );
 }
 
 /// A user whose rights in a namespace are those of the cluster's role of this name: what its controllers would put
@@ -127,10 +135,14 @@ fn tenants_have_their_own_backups_and_nobody_elses() {
     }
     for who in [&viewer, &editor, &owner] {
         for kind in [BACKUPS, REPOSITORIES] {
-            check(who, "team-a", &[
-                ("get update patch", &format!("{kind}/status"), false),
-                ("update patch", &format!("{kind}/finalizers"), false),
-            ]);
+            check(
+                who,
+                "team-a",
+                &[
+                    ("get update patch", &format!("{kind}/status"), false),
+                    ("update patch", &format!("{kind}/finalizers"), false),
+                ],
+            );
             check(who, "team-b", &[("get list watch create update patch delete", kind, false)]);
             check(who, OPERATOR, &[("get list watch create update patch delete", kind, false)]);
         }
