@@ -234,9 +234,11 @@ fn nobody_but_the_controller_makes_pods_that_look_like_movers() {
     };
     let label = json!({ "labels": { "virtfleece.io/backup": "one", "app": "x" },
         "annotations": { "virtfleece.io/backup": "team-a/uid", "other": "x" } });
-    let words = "pods with the label virtfleece.io/backup are movers";
+    let words = "pods with the labels of virt-fleece are movers";
     let create = |who: &Kubectl, pod: &str| who.feed(["create", "-f", "-"], pod);
     refused("planted", create(&admin, &pod("planted", &label)), words);
+    let managed = json!({ "labels": { "app.kubernetes.io/managed-by": "virt-fleece-controller" } });
+    refused("planted, without the backup's name", create(&admin, &pod("planted", &managed)), words);
     create(&admin, &pod("plain", &json!({}))).expect("a pod of a tenant");
     let change =
         |name: &str, patch: &str| admin.attempt(["-n", "team-a", "patch", "pod", name, "--type=merge", "-p", patch]);
