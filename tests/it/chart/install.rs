@@ -1,8 +1,8 @@
 //! Install, upgrade, uninstall.
 
 use super::{OPERATOR, backup, chart, cluster, install};
-use crate::cluster::Kubectl;
-use std::collections::BTreeSet;
+use crate::{bed::flavour::tool, cluster::Kubectl};
+use std::{collections::BTreeSet, process::Command};
 
 /// All objects of the cluster whose kind a chart may have, and whatever the chart has, as `resource/namespace/name`.
 fn everything(admin: &Kubectl) -> BTreeSet<String> {
@@ -78,4 +78,24 @@ fn plain_manifests_can_be_applied_again_and_deleted() {
     // There is no controller that ends a namespace.
     let ours: Vec<_> = kept.iter().filter(|name| name.contains("fleece") && !name.starts_with("Namespace")).collect();
     assert!(ours.iter().all(|name| name.starts_with("CustomResourceDefinition")), "{ours:?}");
+}
+
+#[test]
+fn helm_3_installs_upgrades_and_uninstalls() {
+    let cluster = cluster();
+    let admin = cluster.admin();
+    let before = everything(&admin);
+    let chart = chart();
+    let helm = |arguments: &[&str]| {
+        let mut command = Command::new(tool("HELM3"));
+        command.env("KUBECONFIG", cluster.kubeconfig()).args(arguments).args(["-n", OPERATOR]);
+        let output = command.output().expect("running Helm 3");
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    helm(&["install", OPERATOR, &chart, "--set", "crds.keep=false"]);
+    helm(&["upgrade", OPERATOR, &chart, "--set", "crds.keep=false", "--set", "controller.replicas=3"]);
+    let deployment = admin.get(&["-n", OPERATOR, "deployment", "virt-fleece-controller"]);
+    assert_eq!(deployment["spec"]["replicas"], 3);
+    helm(&["uninstall", OPERATOR]);
+    super::until("nothing is left", || left(&admin, &before).is_empty());
 }

@@ -7,16 +7,27 @@ use std::{fs, path::PathBuf, process::Command};
 
 /// Runs Helm without a cluster.
 fn helm(arguments: &[&str]) -> Result<String, String> {
-    let output = Command::new(tool("HELM")).args(arguments).output().expect("running Helm");
+    with("HELM", arguments)
+}
+
+/// Runs one of the Helms: `HELM` is 4, `HELM3` is 3.
+fn with(helm: &str, arguments: &[&str]) -> Result<String, String> {
+    let output = Command::new(tool(helm)).args(arguments).output().expect("running Helm");
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stdout) + &text(&output.stderr)) }
 }
 
 /// Renders the chart for a release `virt-fleece` with a values file of `tests/charts`.
 pub(super) fn rendered(values: &str) -> String {
+    rendered_with("HELM", values)
+}
+
+/// As [`rendered`], with one of the Helms.
+fn rendered_with(helm: &str, values: &str) -> String {
     let values = checkout("tests/charts").join(format!("values-{values}.yaml")).display().to_string();
-    helm(&["template", "virt-fleece", &chart(), "-n", "virt-fleece", "-f", &values])
-        .unwrap_or_else(|error| panic!("{values}: {error}"))
+    let arguments =
+        ["template", "virt-fleece", &chart(), "-n", "virt-fleece", "--kube-version", "1.33.0", "-f", &values];
+    with(helm, &arguments).unwrap_or_else(|error| panic!("{values}: {error}"))
 }
 
 /// The values files of `tests/charts`, by what is between `values-` and `.yaml`.
@@ -34,8 +45,27 @@ fn value_files() -> Vec<String> {
 fn lints() {
     for values in value_files() {
         let file = checkout("tests/charts").join(format!("values-{values}.yaml")).display().to_string();
-        helm(&["lint", "--strict", &chart(), "-f", &file]).unwrap_or_else(|error| panic!("{values}: {error}"));
+        for version in ["HELM", "HELM3"] {
+            let arguments = ["lint", "--strict", "--kube-version", "1.33.0", &chart(), "-f", &file];
+            with(version, &arguments).unwrap_or_else(|error| panic!("{version}, {values}: {error}"));
+        }
     }
+}
+
+#[test]
+fn both_helms_render_the_same() {
+    // But for empty lines between objects.
+    let lines = |text: String| text.lines().filter(|line| !line.is_empty()).map(str::to_owned).collect::<Vec<_>>();
+    for values in value_files() {
+        let [ours, older] = ["HELM", "HELM3"].map(|helm| lines(rendered_with(helm, &values)));
+        assert!(ours == older, "{values}");
+    }
+}
+
+#[test]
+fn an_old_cluster_is_refused() {
+    let error = helm(&["template", "virt-fleece", &chart(), "--kube-version", "1.30.9"]).expect_err("an old cluster");
+    assert!(error.contains(">=1.31.0"), "{error}");
 }
 
 #[test]
