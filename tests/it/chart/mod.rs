@@ -13,7 +13,7 @@ use crate::cluster::{BoundTo, Cluster, Kubectl};
 use kube::{
     Api, Client, Config,
     api::{Patch, PatchParams},
-    config::Kubeconfig,
+    config::{KubeConfigOptions, Kubeconfig},
     core::{ApiResource, DynamicObject, GroupVersionKind},
 };
 use serde_json::{Value, json};
@@ -90,11 +90,8 @@ fn merge_status(
     status: &Value,
 ) -> Result<(), String> {
     let resource = ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk("virtfleece.io", "v1alpha1", kind), plural);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    runtime.block_on(async {
-        let file = Kubeconfig::read_from(who.kubeconfig()).expect("a kubeconfig");
-        let config = Config::from_custom_kubeconfig(file, &kube::config::KubeConfigOptions::default()).await;
-        let client = Client::try_from(config.expect("a configuration")).expect("a client");
+    wait(async {
+        let client = client(who).await;
         let api: Api<DynamicObject> = match namespace {
             Some(namespace) => Api::namespaced_with(client, namespace, &resource),
             None => Api::all_with(client, &resource),
@@ -103,6 +100,18 @@ fn merge_status(
         api.patch_status(name, &PatchParams::default(), &patch).await.map_err(|error| error.to_string())?;
         Ok(())
     })
+}
+
+/// Runs requests to their end.
+fn wait<T>(requests: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime").block_on(requests)
+}
+
+/// A client as somebody.
+async fn client(who: &Kubectl) -> Client {
+    let file = Kubeconfig::read_from(who.kubeconfig()).expect("a kubeconfig");
+    let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.expect("a configuration");
+    Client::try_from(config).expect("a client")
 }
 
 /// A backup of a VM, as YAML.

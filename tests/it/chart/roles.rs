@@ -1,30 +1,60 @@
 //! What roles give, asked of the API server.
 
-use super::{OPERATOR, account, backup, installed};
+use super::{OPERATOR, account, backup, client, installed, wait};
 use crate::cluster::{Cluster, Kubectl};
+use kube::{
+    Api,
+    api::PostParams,
+    core::{ApiResource, DynamicObject, GroupVersionKind},
+};
+use serde_json::json;
 
-/// Whether somebody may do this, in the API server's own judgement.
-fn may(who: &Kubectl, namespace: &str, verb: &str, resource: &str) -> bool {
-    let (resource, subresource) = resource.split_once('/').unwrap_or((resource, ""));
-    let subresource = format!("--subresource={subresource}");
-    // It says no by its status as well, and warns of resources that have no namespace.
-    match who.attempt(["-n", namespace, "auth", "can-i", verb, resource, &subresource]) {
-        Ok(said) => said.trim() == "yes",
-        Err(said) => {
-            assert!(!said.contains("rror"), "{said}");
-            false
-        }
+/// Whether somebody may do this, in the API server's own judgement. Resources are written as `PLURAL[.GROUP][/SUBRESOURCE]`.
+struct Judge(Api<DynamicObject>);
+
+impl Judge {
+    /// The API server, asked by somebody about their own rights.
+    async fn of(who: &Kubectl) -> Self {
+        let kind = GroupVersionKind::gvk("authorization.k8s.io", "v1", "SelfSubjectAccessReview");
+        let resource = ApiResource::from_gvk_with_plural(&kind, "selfsubjectaccessreviews");
+        Self(Api::all_with(client(who).await, &resource))
     }
+
+    async fn allows(&self, namespace: &str, verb: &str, resource: &str, name: &str) -> bool {
+        let (resource, subresource) = resource.split_once('/').unwrap_or((resource, ""));
+        let (resource, group) = resource.split_once('.').unwrap_or((resource, ""));
+        let review = json!({
+            "apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview", "metadata": {},
+            "spec": { "resourceAttributes": { "namespace": namespace, "verb": verb, "group": group,
+                "resource": resource, "subresource": subresource, "name": name } },
+        });
+        let review = serde_json::from_value(review).expect("a review");
+        let answer = self.0.create(&PostParams::default(), &review).await.expect("an answer");
+        answer.data["status"]["allowed"] == true
+    }
+}
+
+/// Whether somebody may do this.
+fn may(who: &Kubectl, namespace: &str, verb: &str, resource: &str) -> bool {
+    wait(async { Judge::of(who).await.allows(namespace, verb, resource, "").await })
 }
 
 /// Checks a table of `verbs resource yes-or-no`.
 #[track_caller]
 fn check(who: &Kubectl, namespace: &str, table: &[(&str, &str, bool)]) {
-    for (verbs, resource, wanted) in table {
-        for verb in verbs.split_whitespace() {
-            assert_eq!(may(who, namespace, verb, resource), *wanted, "{verb} {resource} in {namespace}");
+    let wrong = wait(async {
+        let judge = Judge::of(who).await;
+        let mut wrong = Vec::new();
+        for (verbs, resource, wanted) in table {
+            for verb in verbs.split_whitespace() {
+                if judge.allows(namespace, verb, resource, "").await != *wanted {
+                    wrong.push(format!("{verb} {resource} in {namespace}: {}", !wanted));
+                }
+            }
         }
-    }
+        wrong
+    });
+    assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
 const BACKUPS: &str = "virtualmachinebackups.virtfleece.io";
@@ -70,8 +100,7 @@ fn the_operators_accounts_may_what_is_written_down() {
         ],
     );
     let lease = |name: &str, verb: &str| {
-        let object = format!("leases.coordination.k8s.io/{name}");
-        controller.attempt(["-n", OPERATOR, "auth", "can-i", verb, &object]).is_ok()
+        wait(async { Judge::of(&controller).await.allows(OPERATOR, verb, "leases.coordination.k8s.io", name).await })
     };
     for verb in ["get", "update"] {
         assert!(lease("virt-fleece-controller", verb) && !lease("another", verb), "{verb}");
