@@ -37,10 +37,8 @@ fn the_api_server_takes_every_example() {
             .into_iter()
             .find(|namespace| text.contains(&format!("namespace: {namespace}\n")));
         // What gets its name from the API server cannot be applied.
-        let verb: &[&str] = match text.contains("generateName") {
-            true => &["create"],
-            false => &["apply", "--server-side", "--force-conflicts"],
-        };
+        let named = !text.contains("generateName");
+        let verb: &[&str] = if named { &["apply", "--server-side", "--force-conflicts"] } else { &["create"] };
         let mut arguments = [verb, &["--dry-run=server", "--validate=strict", "-f", file.as_str()]].concat();
         // Those that name a namespace keep to it.
         if namespace.is_none() {

@@ -3,7 +3,7 @@
 use super::{OPERATOR, find, installed, objects, render::rendered};
 use serde_json::{Value, json};
 
-/// The pod of a Deployment or DaemonSet.
+/// The pod that a workload makes.
 fn pod(object: &Value, namespace: &str) -> String {
     let mut pod = object["spec"]["template"].clone();
     pod["apiVersion"] = json!("v1");
@@ -49,5 +49,16 @@ fn the_controller_is_restricted_and_the_agent_asks_for_what_is_written_down() {
             "capabilities": { "drop": ["ALL"], "add": ["DAC_OVERRIDE", "CHOWN"] },
         })
     );
+    // The mounts whose need and sufficiency the tests of privileges show.
+    let mounts = &agent["spec"]["template"]["spec"]["containers"][0]["volumeMounts"];
+    assert_eq!(
+        mounts[0],
+        json!({ "name": "pods", "mountPath": "/k/pods", "readOnly": true, "mountPropagation": "HostToContainer" })
+    );
+    assert_eq!(mounts.as_array().map(Vec::len), Some(3));
+    // libvirt's socket of a launcher, at that path: 107 bytes and a zero are what a socket address holds.
+    let socket =
+        "/k/pods/00000000-0000-0000-0000-000000000000/volumes/kubernetes.io~empty-dir/libvirt-runtime/virtqemud-sock";
+    assert!(socket.len() <= 107, "{}", socket.len());
     create(&pod(agent, OPERATOR)).expect("the agent in its own namespace");
 }
