@@ -1,5 +1,5 @@
-# The programs of the test cluster (tests/cluster): etcd, kube-apiserver, kubectl and Helm. One module of Go has them
-# all as its tools, so that what they share is compiled once; its go.sum pins what they are built from.
+# The programs of the test cluster (tests/cluster): etcd, kube-apiserver, kubectl and both Helms. One module of Go has
+# them all as its tools, so that what they share is compiled once; its go.sum pins what they are built from.
 
 CLUSTER_MODULE=$BED_SOURCE/../cluster
 
@@ -12,10 +12,11 @@ cluster_packages() {
     done < <(sed -n '/^tool (/,/^)/s/^\t//p' "$CLUSTER_MODULE/go.mod")
 }
 
-# The program that a package is: etcd's has the name of its module.
+# The program that a package is.
 cluster_name() {
     case $1 in
-    go.etcd.io/etcd/server/v3) echo etcd ;;
+    go.etcd.io/etcd/server/*) echo etcd ;;
+    helm.sh/helm/v3/*) echo helm3 ;;
     *) basename "$1" ;;
     esac
 }
@@ -64,6 +65,7 @@ build_cluster() {
             -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=$version \
                 -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=$minor \
                 -X k8s.io/client-go/pkg/version.gitVersion=$version \
+                -X helm.sh/helm/v3/internal/version.version=$(cluster_version helm.sh/helm/v3) \
                 -X helm.sh/helm/v4/internal/version.version=$(cluster_version helm.sh/helm/v4)" "$package"
         # shellcheck disable=SC2046
         quietly "$work/out/$(cluster_name "$package")" $(cluster_version_arguments "$package")

@@ -19,6 +19,25 @@ pub(crate) enum BoundTo<'a> {
     Node(&'a str),
 }
 
+/// A version of Helm: charts have to work with both.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Helm {
+    /// Helm 3
+    Three,
+    /// Helm 4
+    Four,
+}
+
+impl Helm {
+    /// The program.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Three => "helm3",
+            Self::Four => "helm",
+        }
+    }
+}
+
 /// kubectl as somebody.
 #[derive(Debug, Clone)]
 pub(crate) struct Kubectl {
@@ -122,8 +141,12 @@ impl Kubectl {
     }
 
     /// Runs Helm as the same user.
-    pub(crate) fn helm(&self, arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Result<String, Refused> {
-        super::text(&self.program("helm").args(arguments).output().expect("running Helm"))
+    pub(crate) fn helm(
+        &self,
+        helm: Helm,
+        arguments: impl IntoIterator<Item = impl AsRef<OsStr>>,
+    ) -> Result<String, Refused> {
+        super::text(&self.program(helm.name()).args(arguments).output().expect("running Helm"))
     }
 
     /// A client of the cluster's directory. It keeps what it caches there, and knows nothing of whoever runs the tests.

@@ -9,11 +9,12 @@ mod client;
 mod server;
 mod tests;
 
-pub(crate) use client::{BoundTo, Kubectl};
+pub(crate) use client::{BoundTo, Helm, Kubectl};
 pub(crate) use server::Server;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 use std::{env, fs};
 
 use tempfile::TempDir;
@@ -35,8 +36,9 @@ impl Cluster {
         // etcd keeps its data in memory where it can: what is lost with the machine is not in the tests.
         let memory = Path::new("/dev/shm");
         let parent = if memory.is_dir() { memory.to_owned() } else { env::temp_dir() };
-        let directory =
-            tempfile::Builder::new().prefix("virt-fleece-cluster-").tempdir_in(parent).expect("a directory");
+        remove_leftovers(&parent);
+        let prefix = format!("{PREFIX}{}-", std::process::id());
+        let directory = tempfile::Builder::new().prefix(&prefix).tempdir_in(parent).expect("a directory");
         script("prepare", directory.path(), &[]);
         let etcd = server::Process::start(directory.path(), Server::Etcd);
         let api_server = server::Process::start(directory.path(), Server::ApiServer);
@@ -95,7 +97,13 @@ impl Cluster {
         let directory = scripts().join("kubevirt");
         let directory = directory.to_str().expect("a path in UTF-8");
         self.admin().run(["apply", "--server-side", "-f", directory]);
-        self.admin().run(["wait", "--for=condition=Established", "--timeout=30s", "crd", "--all"]);
+        // kubectl fails rather than waits while a definition has no conditions at all.
+        let wait = ["wait", "--for=condition=Established", "--timeout=30s", "crd", "--all"];
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while let Err(error) = self.admin().attempt(wait) {
+            assert!(Instant::now() < deadline, "{error}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
     }
 
     /// Registers a node. Nothing runs there.
@@ -152,6 +160,21 @@ impl Cluster {
     fn read(&self, name: &str) -> String {
         let path = self.directory.path().join(name);
         fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+    }
+}
+
+/// What the directories of clusters are called; the process id of their test follows.
+const PREFIX: &str = "virt-fleece-cluster-";
+
+/// Removes the directories of tests that were killed: their servers are gone, but not the memory that the files take.
+fn remove_leftovers(parent: &Path) {
+    for entry in fs::read_dir(parent).expect("a directory").flatten() {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.split('-').next()?.parse::<u32>().ok());
+        if pid.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
+            // Another test may be at it, too.
+            fs::remove_dir_all(entry.path()).ok();
+        }
     }
 }
 

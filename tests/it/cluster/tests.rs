@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::{BoundTo, Cluster, Kubectl, Server};
+use super::{BoundTo, Cluster, Helm, Kubectl, Server};
 
 /// A virtual machine with a disk of each kind that is told apart.
 const MACHINE: &str = "
@@ -96,7 +96,7 @@ fn with_kubevirt() -> Cluster {
 /// Asserts that the API server refuses to serve this, and for want of a right.
 fn assert_forbidden(result: Result<String, String>) {
     let error = result.expect_err("it was allowed");
-    assert!(error.contains("(Forbidden)"), "{error}");
+    assert!(error.contains(" is forbidden: "), "{error}");
 }
 
 /// The names of all objects of a kind in `shop`.
@@ -110,8 +110,8 @@ fn starts_within_seconds_and_leaves_nothing() {
     let cluster = Cluster::start();
     let took = begin.elapsed();
     println!("started in {took:?}");
-    // Alone on two cores it takes about five seconds.
-    assert!(took < Duration::from_secs(60), "{took:?}");
+    // Some five seconds on two cores that have little else to do; four times that where ten processes want them.
+    assert!(took < Duration::from_secs(120), "{took:?}");
 
     let version: Value = serde_json::from_str(&cluster.admin().run(["version", "-o", "json"])).expect("JSON");
     println!("server {}", version["serverVersion"]["gitVersion"]);
@@ -192,7 +192,7 @@ fn objects_outlive_servers_that_are_killed() {
     assert_eq!(cluster.admin().get(&["-n", "shop", "vm", "a"])["metadata"]["uid"], uid);
 
     cluster.kill(Server::Etcd);
-    let attempt = cluster.admin().attempt(["-n", "shop", "create", "configmap", "early"]);
+    let attempt = cluster.admin().attempt(["-n", "shop", "create", "configmap", "early", "--request-timeout=3s"]);
     attempt.expect_err("the server has nowhere to keep it");
     cluster.restart(Server::Etcd);
     assert_eq!(cluster.admin().get(&["-n", "shop", "vm", "a"])["metadata"]["uid"], uid);
@@ -255,4 +255,33 @@ fn what_nobody_granted_is_forbidden() {
     let kubelet = cluster.user("system:node:node-a", &["system:nodes"]);
     kubelet.run(["annotate", "node", "node-a", "a=b"]);
     assert_forbidden(kubelet.attempt(["annotate", "node", "node-b", "a=b"]));
+}
+
+#[test]
+fn helm_installs_upgrades_and_uninstalls() {
+    let cluster = Cluster::start();
+    cluster.create_namespace("shop");
+    let chart = tempfile::tempdir().expect("a directory");
+    std::fs::create_dir(chart.path().join("templates")).expect("a directory");
+    let write = |name: &str, text: &str| std::fs::write(chart.path().join(name), text).expect("a file of the chart");
+    write("Chart.yaml", "apiVersion: v2\nname: greeting\nversion: 1.0.0\n");
+    write("values.yaml", "word: hello\n");
+    write(
+        "templates/configmap.yaml",
+        "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: {{ .Release.Name }}}\ndata: {word: {{ .Values.word }}}\n",
+    );
+
+    let admin = cluster.admin();
+    let chart = chart.path().to_str().expect("a path in UTF-8");
+    for helm in [Helm::Four, Helm::Three] {
+        let run = |arguments: &[&str]| admin.helm(helm, [&["-n", "shop"], arguments].concat()).expect("Helm");
+        let word = || admin.get(&["-n", "shop", "configmap", "greeting"])["data"]["word"].clone();
+        run(&["install", "greeting", chart]);
+        assert_eq!(word(), "hello");
+        run(&["upgrade", "greeting", chart, "--set", "word=goodbye"]);
+        assert_eq!(word(), "goodbye");
+        run(&["uninstall", "greeting"]);
+        assert!(!names(&admin, "configmaps").contains("greeting"));
+        assert!(!names(&admin, "secrets").contains("greeting"));
+    }
 }
