@@ -105,6 +105,9 @@ pub struct BackupRecord {
     pub skipped: Vec<SkippedVolume>,
     /// Version of the program.
     pub tool_version: String,
+    /// What the VM was defined by, and the names of what that needs: of a KubeVirt VM, the object itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub definition: Option<serde_json::Value>,
 }
 
 /// A device that was not backed up.

@@ -16,7 +16,7 @@ pub enum Retry {
 /// An error that can be reported to a machine as well as to a person.
 pub trait Reason: std::error::Error {
     /// Stable CamelCase word, for JSON output, conditions and metrics.
-    fn reason(&self) -> &'static str;
+    fn reason(&self) -> &str;
     /// Whether trying again makes sense.
     fn retry(&self) -> Retry;
 }

@@ -48,7 +48,7 @@ fuzz_target!(|input: &[u8]| {
         unit: 64 << 10,
         always: None,
         bandwidth: None,
-        socket: None,
+        credit: None,
     };
     let reached = Arc::new(AtomicU64::new(0));
     let sink = Box::new(Checker { full, reached: Arc::clone(&reached) });

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
     derive = "PartialEq",
     doc = "One backup of one virtual machine, made once, while it runs: an exact point in time of all its disks.",
     selectable = ".spec.source.name",
+    selectable = ".status.activeNode",
     validation = Rule::new("self.metadata.name.size() <= 200").message("the name may have at most 200 characters: the pods of the backup are named after it"),
     printcolumn(name = "VM", type_ = "string", json_path = ".spec.source.name", description = "Virtual machine"),
     printcolumn(name = "Type", type_ = "string", json_path = ".status.type", description = "Full or Incremental"),

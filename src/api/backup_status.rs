@@ -45,13 +45,19 @@ pub struct VirtualMachineBackupStatus {
     /// Attempts that were begun, from 1. One that was cut short by a migration, say, is followed by another.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub attempts: Option<i64>,
-    /// No further attempt before this time.
+    /// Attempts that failed by themselves; those that a migration cut short, say, do not count.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failures: Option<i64>,
+    /// The last attempt is over; no further one before this time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_after: Option<Time>,
     /// Ready, Reconciling, Stalled, Complete, Failed, Quiesced.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,
+    /// The node whose agent has something to do for this backup; not there when it is done. Agents select by it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub active_node: Option<String>,
     /// What the controller wants of the agent on a node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub assignment: Option<Assignment>,
@@ -109,6 +115,9 @@ pub struct Assignment {
     pub launcher: Option<LauncherReference>,
     /// The pod that stores the data.
     pub mover: PodReference,
+    /// When the order was given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub assigned: Option<Time>,
     /// The agent gives up by itself at this time, API server or not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deadline: Option<Time>,

@@ -52,6 +52,9 @@ pub enum FullReason {
     /// The disk is smaller than it was.
     #[error("the disk is smaller than in the newest backup")]
     Shrunk,
+    /// Nothing records the changes of a VM that does not run.
+    #[error("the VM is stopped, so there is no dirty bitmap")]
+    Stopped,
 }
 
 impl FullReason {

@@ -5,12 +5,13 @@ use super::{
     connection::VmArgs,
     output::Output,
     size::{parse_rate, parse_size, show_size},
-    target::{CompleteBackup, TargetArgs},
+    target::TargetArgs,
 };
 use crate::{
     backup::BackupId,
     chain::BackupType,
     fleecing::{Engine, Recovered, Wish},
+    mover::CompleteBackup,
 };
 use clap::{Args, ValueEnum};
 use serde::Serialize;

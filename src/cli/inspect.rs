@@ -48,15 +48,15 @@ struct InspectedVolume {
 pub(super) async fn run(args: InspectArgs) -> Result<ExitCode, CliError> {
     let connection = args.vm_args.connect().await?;
     let _lock = connection.lock(Duration::ZERO).await?;
-    let qmp = &connection.qmp;
+    let qmp = connection.qmp();
     let status = qmp.execute(&QueryStatus {}).await.map_err(SessionError::qmp("reading the VM's state"))?;
     let capabilities = Capabilities::probe(qmp).await.map_err(SessionError::qmp("probing QEMU"))?;
     let disks = Disks::discover(qmp).await?;
     let seen = Observation::take(qmp).await.map_err(SessionError::qmp("looking for leftovers"))?;
     let leftover = connection.journal().leftover().map_err(SessionError::local("reading the journal"))?;
     let inspection = Inspection {
-        vm: connection.name.clone(),
-        uuid: connection.uuid.clone(),
+        vm: connection.name().map(str::to_owned),
+        uuid: connection.uuid().map(str::to_owned),
         state: status.status,
         qemu_version: capabilities.version.qemu.to_string(),
         engine: choose(None, &capabilities)?,

@@ -1,9 +1,11 @@
 //! The command line: one file per command.
 
+mod agent;
 mod backup;
 mod backup_run;
 mod check;
 mod connection;
+mod controller;
 mod crds;
 mod crds_reference;
 mod error;
@@ -11,8 +13,8 @@ mod forget;
 mod forget_plan;
 mod inspect;
 mod list;
+mod mover;
 mod output;
-mod priority;
 mod progress;
 mod prune;
 mod recover;
@@ -23,6 +25,7 @@ mod repository_key;
 mod restore;
 mod restore_repository;
 mod serve_nbd;
+mod serving;
 mod size;
 mod store;
 mod target;
@@ -69,6 +72,12 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Remove what a backup that was killed left in a VM, and release the guest
     Recover(recover::RecoverArgs),
+    /// Run the operator's controller in a cluster
+    Controller(controller::ControllerArgs),
+    /// Carry out the backups of a node's VMs (in the operator's DaemonSet)
+    Agent(Box<agent::AgentArgs>),
+    /// Store what an agent reads (in a pod that the operator's controller makes)
+    Mover(mover::MoverArgs),
     /// Print the custom resource definitions of the operator
     Crds(crds::CrdsArgs),
     #[command(hide = true, name = crate::fleecing::guardian::SUBCOMMAND)]
@@ -89,7 +98,10 @@ pub fn main() -> ExitCode {
             ExitCode::FAILURE
         };
     }
-    start_logging(cli.verbose);
+    match cli.command.serving() {
+        Some(log) => start_serving_log(cli.verbose, log.log_format),
+        None => start_logging(cli.verbose),
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -125,12 +137,23 @@ async fn run(command: Command) -> Result<ExitCode, CliError> {
         Command::Repository(command) => repository::run(command).await,
         Command::Inspect(args) => inspect::run(args).await,
         Command::Recover(args) => recover::run(args).await,
+        Command::Controller(args) => controller::run(args).await,
+        Command::Agent(args) => agent::run(*args).await,
+        Command::Mover(args) => mover::run(args).await,
         Command::Crds(args) => crds::run(&args),
         Command::Guardian { .. } => Ok(ExitCode::SUCCESS),
     }
 }
 
 impl Command {
+    /// How a command logs that runs until it is told to end.
+    fn serving(&self) -> Option<&serving::LogArgs> {
+        match self {
+            Self::Controller(args) => Some(&args.log),
+            _ => None,
+        }
+    }
+
     fn output(&self) -> Output {
         match self {
             Self::Backup(args) => args.output,
@@ -142,7 +165,30 @@ impl Command {
             Self::Repository(command) => command.output(),
             Self::Inspect(args) => args.output,
             Self::Recover(args) => args.output,
-            Self::Crds(_) | Self::Guardian { .. } => Output::Text,
+            Self::Controller(_) | Self::Agent(_) | Self::Mover(_) | Self::Crds(_) | Self::Guardian { .. } => Output::Text,
+        }
+    }
+}
+
+fn log_filter(level: &str) -> tracing_subscriber::EnvFilter {
+    tracing_subscriber::EnvFilter::try_from_env("VIRT_FLEECE_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(format!("virt_fleece={level}")))
+}
+
+/// The log of a process of the operator: one step more talkative than that of a command.
+fn start_serving_log(verbose: u8, format: serving::LogFormat) {
+    let level = match verbose {
+        0 => "info",
+        1 => "debug",
+        _ => "trace",
+    };
+    let log = tracing_subscriber::fmt().with_env_filter(log_filter(level)).with_writer(std::io::stderr);
+    match format {
+        serving::LogFormat::Json => {
+            log.json().flatten_event(true).with_current_span(true).with_span_list(false).init();
+        }
+        serving::LogFormat::Text => {
+            log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).with_target(false).init();
         }
     }
 }
@@ -154,10 +200,8 @@ fn start_logging(verbose: u8) {
         2 => "debug",
         _ => "trace",
     };
-    let filter = tracing_subscriber::EnvFilter::try_from_env("VIRT_FLEECE_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(format!("virt_fleece={level}")));
     tracing_subscriber::fmt()
-        .with_env_filter(filter)
+        .with_env_filter(log_filter(level))
         .with_writer(std::io::stderr)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_target(false)

@@ -68,7 +68,9 @@ pub(super) async fn prune(repository: &Arc<Repository>, options: PruneOptions) -
     };
     tokio::select! {
         summary = repository.prune(options, &progress) => Ok(summary?),
-        error = super::backup_run::signal() => Err(error),
+        (signal, code) = super::backup_run::signal() => {
+            Err(CliError::Signal { message: format!("{signal}: the next prune takes this one up"), code })
+        }
         () = show => Err(CliError::Usage("the progress ended".into())),
     }
 }

@@ -29,8 +29,8 @@ pub(super) async fn run(args: RecoverArgs) -> Result<ExitCode, CliError> {
     let mut connection = args.vm_args.connect().await?;
     let _lock = connection.lock(Duration::ZERO).await?;
     let mut journal = connection.journal();
-    let agent = connection.agent.as_mut().ok().and_then(Option::as_mut);
-    let recovered = recover(&connection.qmp, &mut journal, agent, async |leftover| head(leftover, None).await).await?;
+    let (qmp, agent) = (connection.qmp().clone(), connection.guest_agent());
+    let recovered = recover(&qmp, &mut journal, agent, async |leftover| head(leftover, None).await).await?;
     args.output.result(&recovered, || text(&recovered));
     Ok(ExitCode::SUCCESS)
 }

@@ -112,7 +112,10 @@ pub(super) async fn run(args: ServeArgs) -> Result<ExitCode, CliError> {
             Ok(socket) => {
                 args.output.result(&ready, || ready.uri.clone());
                 let until = if args.once { Until::ClientsLeft } else { Until::Told };
-                serve(&socket, Arc::new(export), until, async { drop(signal.await) }).await;
+                serve(&socket, Arc::new(export), until, async {
+                    signal.await;
+                })
+                .await;
                 Ok(ExitCode::SUCCESS)
             }
             Err(error) => Err(error.into()),

@@ -97,6 +97,16 @@ impl Disks {
         Ok(disks)
     }
 
+    /// Sets volumes aside of which the caller knows that they cannot be backed up, and why.
+    pub fn without(mut self, unsuitable: &[SkippedDevice]) -> Self {
+        let reason = |name: &str| unsuitable.iter().find(|device| device.name == name);
+        let (kept, dropped): (Vec<_>, Vec<_>) =
+            self.volumes.into_iter().partition(|volume| reason(&volume.name).is_none());
+        self.volumes = kept;
+        self.skipped.extend(dropped.iter().filter_map(|volume| reason(&volume.name).cloned()));
+        self
+    }
+
     /// Keeps the volumes that the user wants: all, or those named, without those excluded.
     pub fn select(mut self, include: &[String], exclude: &[String]) -> Result<Self, SessionError> {
         let known = || self.volumes.iter().map(|volume| volume.name.as_str()).collect::<Vec<_>>().join(", ");

@@ -171,7 +171,7 @@ impl SessionError {
 }
 
 impl Reason for SessionError {
-    fn reason(&self) -> &'static str {
+    fn reason(&self) -> &str {
         match self {
             Self::Qmp { source, .. } => source.reason(),
             Self::FleeceDirectory { .. } => "FleeceDirectoryUnusable",

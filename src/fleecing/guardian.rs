@@ -141,6 +141,7 @@ pub fn run(libvirt: Option<&(PathBuf, String)>) -> io::Result<()> {
     let session = io::stdin().as_fd().try_clone_to_owned()?;
     let (kinds, fds) = receive(&session)?;
     let mut session = UnixStream::from(session);
+    let held = libvirt.and_then(|(socket, _)| hold(socket));
     session.write_all(b"r")?;
     let connection = |kind| kinds.iter().position(|k| *k == kind).and_then(|at| fds.get(at));
     let (mut frozen, mut stopped) = (false, false);
@@ -166,7 +167,11 @@ pub fn run(libvirt: Option<&(PathBuf, String)>) -> io::Result<()> {
                 if let Some((socket, domain)) = libvirt
                     && (frozen || stopped)
                 {
-                    release_through_libvirt(socket, domain, frozen, stopped)?;
+                    // The daemon may have been restarted, with another socket in the old place.
+                    let by_held = held.as_ref().map(|(_, path)| release_through_libvirt(path, domain, frozen, stopped));
+                    if !by_held.is_some_and(|released| released.is_ok()) {
+                        release_through_libvirt(socket, domain, frozen, stopped)?;
+                    }
                 }
                 let time_is_up = matches!(&ended, Err(error) if error.kind() == io::ErrorKind::WouldBlock);
                 if !time_is_up {
@@ -176,6 +181,14 @@ pub fn run(libvirt: Option<&(PathBuf, String)>) -> io::Result<()> {
             }
         }
     }
+}
+
+/// Holds the socket's inode: its path may be one of the session's process, and ends with it.
+fn hold(socket: &Path) -> Option<(OwnedFd, PathBuf)> {
+    let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
+    let held = rustix::fs::open(socket, flags, rustix::fs::Mode::empty()).ok()?;
+    let path = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&held)));
+    Some((held, path))
 }
 
 fn release_through_libvirt(socket: &Path, domain: &str, frozen: bool, stopped: bool) -> io::Result<()> {

@@ -433,6 +433,14 @@ impl Session {
         self.note(&Entry::Committing)
     }
 
+    /// Takes everything but the bitmaps out of QEMU, once all was read and the snapshot is proved unbroken: the VM must
+    /// not wait for a target that takes its time to make the backup durable. [`Session::end`] has to follow.
+    pub async fn release(&mut self) -> Result<(), SessionError> {
+        teardown::remove_all(&self.qmp, self.nbd_server).await?;
+        self.nbd_server = false;
+        Ok(())
+    }
+
     /// Takes everything out of QEMU and puts the bitmaps in order. To be called however the session went.
     pub async fn end(mut self, outcome: Outcome) -> Result<(), SessionError> {
         // A journal that cannot be written (its file system is full) must not keep anything in the VM.
@@ -450,6 +458,12 @@ impl Session {
             Outcome::RolledBack => self.roll_back().await?,
         }
         self.journal.close().map_err(SessionError::local("closing the journal"))
+    }
+
+    /// Ends a session that was released, without a decision about its bitmaps: whether the backup is complete is not
+    /// known. Both generations stay, and with them the journal, by which the next run asks the target.
+    pub fn leave(self) {
+        let _ = std::fs::remove_file(&self.socket);
     }
 
     /// Gives the previous bitmaps back what the new ones recorded.

@@ -33,6 +33,7 @@ const NETWORK_FILE_SYSTEMS: [(u32, &str); 6] = [
 #[derive(Debug, Clone)]
 pub struct FleeceDirectory {
     path: PathBuf,
+    owner: Option<(u32, String)>,
 }
 
 impl FleeceDirectory {
@@ -46,7 +47,15 @@ impl FleeceDirectory {
             let message = "it must belong to the user who runs the backup and must not be writable by others";
             return Err(failed(io::Error::new(io::ErrorKind::PermissionDenied, message)));
         }
-        Ok(Self { path })
+        Ok(Self { path, owner: None })
+    }
+
+    /// The same, with files that belong to this user and group, and have this `SELinux` label where `SELinux` is enabled: of
+    /// a QEMU in a pod, which gets descriptors, but whose every access to them is checked against the label.
+    #[must_use]
+    pub fn with_owner(mut self, uid: u32, selinux_label: &str) -> Self {
+        self.owner = Some((uid, selinux_label.to_owned()));
+        self
     }
 
     /// The path.
@@ -72,6 +81,15 @@ impl FleeceDirectory {
         let failed = |source| SessionError::FleeceDirectory { path: self.path.clone(), source };
         let write = fs::open(&self.path, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR)
             .map_err(|error| failed(error.into()))?;
+        if let Some((uid, label)) = &self.owner {
+            let (user, group) = (fs::Uid::from_raw(*uid), fs::Gid::from_raw(*uid));
+            fs::fchown(&write, Some(user), Some(group)).map_err(|error| failed(error.into()))?;
+            // Mounted where SELinux is enabled (selinuxfs).
+            if Path::new("/sys/fs/selinux/enforce").exists() {
+                fs::fsetxattr(&write, "security.selinux", label.as_bytes(), fs::XattrFlags::empty())
+                    .map_err(|error| failed(error.into()))?;
+            }
+        }
         // QEMU looks in the descriptor set for one with the access mode it opens with: it wants both kinds. The file
         // has no name, so the second one comes by way of /proc; it is ours, no link can be in the way.
         let own = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&write));

@@ -47,7 +47,7 @@ pub enum GuestAgentError {
 }
 
 impl Reason for GuestAgentError {
-    fn reason(&self) -> &'static str {
+    fn reason(&self) -> &str {
         match self {
             Self::Io { .. } | Self::Libvirt(_) => "GuestAgentUnreachable",
             Self::NoAnswer { .. } => "GuestAgentSilent",

@@ -345,6 +345,7 @@ mod tests {
             quiesce: serde_json::Value::Null,
             skipped: Vec::new(),
             tool_version: String::new(),
+            definition: None,
         };
         Manifest { format_version: super::super::FORMAT_VERSION, backup, volumes: Vec::new() }
     }

@@ -120,7 +120,7 @@ impl ImageError {
 }
 
 impl Reason for ImageError {
-    fn reason(&self) -> &'static str {
+    fn reason(&self) -> &str {
         match self {
             Self::Io { source, .. } if source.raw_os_error() == Some(28) => "TargetFull",
             Self::Io { .. } => "TargetIo",

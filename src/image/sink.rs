@@ -60,7 +60,7 @@ impl Error for ForeignError {
 }
 
 impl Reason for ForeignError {
-    fn reason(&self) -> &'static str {
+    fn reason(&self) -> &str {
         self.0.reason()
     }
 

@@ -46,9 +46,9 @@ pub struct PullRequest {
     pub always: Option<ByteRange>,
     /// Shared limit.
     pub bandwidth: Option<Arc<Bandwidth>>,
-    /// Inode of the stream, when it is a Unix socket: to find how much the server's send buffer takes. `None`: no more
-    /// than it takes in any case.
-    pub socket: Option<u64>,
+    /// Most bytes that may be outstanding: what the send buffer of the server's socket takes ([`nbd::credit_of_peer`]).
+    /// `None`: what it takes in any case.
+    pub credit: Option<u64>,
 }
 
 /// How far a pull is; read by whoever shows it.
@@ -88,7 +88,7 @@ pub enum PullError {
 }
 
 impl Reason for PullError {
-    fn reason(&self) -> &'static str {
+    fn reason(&self) -> &str {
         match self {
             Self::Nbd(error) => error.reason(),
             Self::Sink(error) => error.reason(),
@@ -126,7 +126,7 @@ pub async fn pull<S: AsyncRead + AsyncWrite + Unpin>(
         progress,
         pieces,
         buffers: Arc::new(Semaphore::new(BUFFERS)),
-        credit: request.socket.map_or_else(nbd::credit, nbd::credit_of_peer),
+        credit: request.credit.unwrap_or_else(nbd::credit),
         asked: VecDeque::new(),
         dirty_bytes: 0,
         read_bytes: 0,

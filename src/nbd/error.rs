@@ -33,7 +33,7 @@ pub enum NbdError {
 }
 
 impl Reason for NbdError {
-    fn reason(&self) -> &'static str {
+    fn reason(&self) -> &str {
         match self {
             Self::Io(_) | Self::Closed => "NbdConnectionLost",
             Self::Refused { .. } => "NbdRefused",

@@ -121,7 +121,7 @@ impl QmpError {
 }
 
 impl Reason for QmpError {
-    fn reason(&self) -> &'static str {
+    fn reason(&self) -> &str {
         match self {
             Self::Connect { .. } => "MonitorUnreachable",
             Self::Occupied { .. } => "MonitorOccupied",

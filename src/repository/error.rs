@@ -184,7 +184,7 @@ fn local_reason(error: &(dyn std::error::Error + 'static)) -> &'static str {
 }
 
 impl Reason for RepositoryError {
-    fn reason(&self) -> &'static str {
+    fn reason(&self) -> &str {
         match self {
             Self::Storage { source, .. } => match source {
                 object_store::Error::NotFound { .. } => "ObjectMissing",

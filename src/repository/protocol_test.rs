@@ -180,6 +180,7 @@ fn manifest(vm: &str, sequence: u64, root: ChunkId) -> Manifest {
             quiesce: serde_json::Value::Null,
             skipped: Vec::new(),
             tool_version: String::new(),
+            definition: None,
         },
         volumes: vec![StoredVolume {
             name: "v".into(),

@@ -73,6 +73,7 @@ fn manifest(sequence: u64, volume: StoredVolume) -> Manifest {
         quiesce: serde_json::Value::Null,
         skipped: Vec::new(),
         tool_version: String::new(),
+        definition: None,
     };
     Manifest { format_version: MANIFEST_VERSION, backup, volumes: vec![volume] }
 }

@@ -5,12 +5,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// What each folder may use besides itself and `reason`. A new folder has to be entered here.
-const MAY_USE: [(&str, &[&str]); 17] = [
+const MAY_USE: [(&str, &[&str]); 18] = [
     (
         "cli",
         &[
             "controller",
             "agent",
+            "operator",
             "run",
             "api",
             "kubevirt",
@@ -26,8 +27,12 @@ const MAY_USE: [(&str, &[&str]); 17] = [
             "extent",
         ],
     ),
-    ("controller", &["api", "kubevirt", "mover", "backup", "chain"]),
-    ("agent", &["run", "api", "kubevirt", "fleecing", "mover", "guest_agent", "qmp", "backup", "chain", "extent"]),
+    ("controller", &["operator", "api", "kubevirt", "mover", "backup", "chain"]),
+    (
+        "agent",
+        &["operator", "run", "api", "kubevirt", "fleecing", "mover", "guest_agent", "qmp", "backup", "chain", "extent"],
+    ),
+    ("operator", &[]),
     ("run", &["fleecing", "mover", "nbd", "guest_agent", "qmp", "backup", "chain", "extent"]),
     ("api", &[]),
     ("kubevirt", &[]),

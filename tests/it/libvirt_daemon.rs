@@ -84,6 +84,18 @@ pub(crate) struct LibvirtDaemon {
 impl LibvirtDaemon {
     /// Starts a daemon and waits until it accepts connections.
     pub(crate) fn start() -> Self {
+        Self::start_with(None)
+    }
+
+    /// The same, with its sockets in a directory elsewhere, as a launcher pod has them in a volume. There the socket has
+    /// the name of `KubeVirt`'s daemon besides.
+    pub(crate) fn start_in(runtime: &Path) -> Self {
+        let daemon = Self::start_with(Some(runtime));
+        fs::hard_link(daemon.socket(), runtime.join("virtqemud-sock")).unwrap();
+        daemon
+    }
+
+    fn start_with(runtime: Option<&Path>) -> Self {
         // Short: the monitor's socket lies deep below, and a socket's path has at most 107 bytes.
         let dir = tempfile::Builder::new().prefix("vf").tempdir_in("/tmp").unwrap();
         fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
@@ -91,6 +103,11 @@ impl LibvirtDaemon {
         for name in ["run", "config", "config/libvirt", "cache", "home"] {
             fs::create_dir(dir.path().join(name)).unwrap();
             own(&dir.path().join(name));
+        }
+        if let Some(runtime) = runtime {
+            fs::create_dir_all(runtime).unwrap();
+            own(runtime);
+            std::os::unix::fs::symlink(runtime, dir.path().join("run/libvirt")).unwrap();
         }
         // The guest's console goes straight to its file: no virtlogd to look after.
         let settings = "namespaces = []\nsecurity_driver = \"none\"\nstdio_handler = \"file\"\n";

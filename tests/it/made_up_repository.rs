@@ -160,6 +160,7 @@ fn manifest(vm: &str, sequence: u64, at: Timestamp) -> Manifest {
             quiesce: serde_json::json!({ "state": "not_frozen" }),
             skipped: Vec::new(),
             tool_version: "0".into(),
+            definition: None,
         },
         volumes: vec![StoredVolume {
             name: "rootdisk".into(),

@@ -39,7 +39,7 @@ fn request(bitmap: bool) -> PullRequest {
         unit: 64 << 10,
         always: None,
         bandwidth: None,
-        socket: None,
+        credit: None,
     }
 }
 

@@ -196,5 +196,6 @@ fn record(vm: &str, sequence: u64) -> BackupRecord {
         quiesce: serde_json::json!({ "state": "not_frozen", "why": "a test" }),
         skipped: Vec::new(),
         tool_version: "0".into(),
+        definition: None,
     }
 }

@@ -88,7 +88,7 @@ async fn of_pulls() {
             unit: 64 << 10,
             always: None,
             bandwidth: None,
-            socket: None,
+            credit: None,
         };
         let stream = tokio::io::join(&seed[1..], tokio::io::sink());
         let result = pull(stream, &request, Box::new(NullSink), &PullProgress::default()).await;

@@ -182,7 +182,7 @@ pub enum ServeError {
 }
 
 impl Reason for ServeError {
-    fn reason(&self) -> &'static str {
+    fn reason(&self) -> &str {
         match self {
             Self::Socket { .. } => "SocketFailed",
             Self::InUse { .. } => "SocketInUse",
