@@ -165,7 +165,9 @@ impl Command {
             Self::Repository(command) => command.output(),
             Self::Inspect(args) => args.output,
             Self::Recover(args) => args.output,
-            Self::Controller(_) | Self::Agent(_) | Self::Mover(_) | Self::Crds(_) | Self::Guardian { .. } => Output::Text,
+            Self::Controller(_) | Self::Agent(_) | Self::Mover(_) | Self::Crds(_) | Self::Guardian { .. } => {
+                Output::Text
+            }
         }
     }
 }

@@ -1,8 +1,8 @@
 //! Install, upgrade, uninstall.
 
 use super::{OPERATOR, backup, chart, cluster, install};
-use crate::{bed::flavour::tool, cluster::Kubectl};
-use std::{collections::BTreeSet, process::Command};
+use crate::cluster::{Helm, Kubectl};
+use std::collections::BTreeSet;
 
 /// All objects of the cluster whose kind a chart may have, and whatever the chart has, as `resource/namespace/name`.
 fn everything(admin: &Kubectl) -> BTreeSet<String> {
@@ -40,7 +40,7 @@ fn an_uninstalled_release_leaves_the_definitions_and_nothing_else() {
     let chart = chart();
     let upgrade = |arguments: &[&str]| {
         let command = [&["upgrade", OPERATOR, chart.as_str(), "-n", OPERATOR][..], arguments].concat();
-        admin.helm(command).unwrap_or_else(|error| panic!("helm upgrade: {error}"));
+        admin.helm(Helm::Four, command).unwrap_or_else(|error| panic!("helm upgrade: {error}"));
     };
     upgrade(&["--set", "controller.replicas=3", "--set", "image.tag=0.2.0", "--set", "networkPolicy.enabled=true"]);
     let deployment = admin.get(&["-n", OPERATOR, "deployment", "virt-fleece-controller"]);
@@ -52,7 +52,9 @@ fn an_uninstalled_release_leaves_the_definitions_and_nothing_else() {
     upgrade(&["--reset-values"]);
     assert!(!everything(&admin).contains("NetworkPolicy virt-fleece/virt-fleece-agent"));
 
-    admin.helm(["uninstall", OPERATOR, "-n", OPERATOR]).unwrap_or_else(|error| panic!("helm uninstall: {error}"));
+    admin
+        .helm(Helm::Four, ["uninstall", OPERATOR, "-n", OPERATOR])
+        .unwrap_or_else(|error| panic!("helm uninstall: {error}"));
     let definitions = ["backuprepositories", "clusterbackuprepositories", "virtualmachinebackups"]
         .map(|plural| format!("CustomResourceDefinition /{plural}.virtfleece.io"));
     assert_eq!(left(&admin, &before), definitions);
@@ -61,7 +63,9 @@ fn an_uninstalled_release_leaves_the_definitions_and_nothing_else() {
     // It takes its definitions up again, and lets go of them where it is told to.
     install(&cluster, &["--set", "crds.keep=false"]);
     admin.run(["-n", "team-a", "get", "vfb", "kept"]);
-    admin.helm(["uninstall", OPERATOR, "-n", OPERATOR]).unwrap_or_else(|error| panic!("helm uninstall: {error}"));
+    admin
+        .helm(Helm::Four, ["uninstall", OPERATOR, "-n", OPERATOR])
+        .unwrap_or_else(|error| panic!("helm uninstall: {error}"));
     super::until("the definitions are gone", || left(&admin, &before).is_empty());
 }
 
@@ -87,10 +91,8 @@ fn helm_3_installs_upgrades_and_uninstalls() {
     let before = everything(&admin);
     let chart = chart();
     let helm = |arguments: &[&str]| {
-        let mut command = Command::new(tool("HELM3"));
-        command.env("KUBECONFIG", cluster.kubeconfig()).args(arguments).args(["-n", OPERATOR]);
-        let output = command.output().expect("running Helm 3");
-        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        let said = admin.helm(Helm::Three, [arguments, &["-n", OPERATOR]].concat());
+        said.unwrap_or_else(|error| panic!("{arguments:?}: {error}"));
     };
     helm(&["install", OPERATOR, &chart, "--set", "crds.keep=false"]);
     helm(&["upgrade", OPERATOR, &chart, "--set", "crds.keep=false", "--set", "controller.replicas=3"]);

@@ -9,7 +9,7 @@ mod privileges;
 mod render;
 mod roles;
 
-use crate::cluster::{BoundTo, Cluster, Kubectl};
+use crate::cluster::{BoundTo, Cluster, Helm, Kubectl};
 use kube::{
     Api, Client, Config,
     api::{Patch, PatchParams},
@@ -53,7 +53,7 @@ fn cluster() -> Cluster {
 fn install(cluster: &Cluster, arguments: &[&str]) {
     let chart = chart();
     let command = [&["install", OPERATOR, chart.as_str(), "--namespace", OPERATOR][..], arguments].concat();
-    cluster.admin().helm(command).unwrap_or_else(|error| panic!("helm install: {error}"));
+    cluster.admin().helm(Helm::Four, command).unwrap_or_else(|error| panic!("helm install: {error}"));
     cluster.admin().run(["wait", "--for=condition=Established", "--timeout=30s", "crd", "--all"]);
 }
 
