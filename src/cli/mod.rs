@@ -7,6 +7,7 @@ mod check;
 mod connection;
 mod controller;
 mod crds;
+mod crds_reference;
 mod error;
 mod forget;
 mod forget_plan;

@@ -3,6 +3,7 @@
 mod bed;
 mod bench;
 mod chain;
+mod chart;
 mod cluster;
 mod controller;
 mod crash;
