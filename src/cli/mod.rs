@@ -150,6 +150,7 @@ impl Command {
     fn serving(&self) -> Option<&serving::LogArgs> {
         match self {
             Self::Controller(args) => Some(&args.log),
+            Self::Agent(args) => Some(&args.log),
             _ => None,
         }
     }

@@ -195,7 +195,8 @@ impl Looks {
         }
         let all: Api<Pod> = Api::all(client.clone());
         for (uid, status, termination) in ended {
-            let found = all.list(&ListParams::default()).await?.into_iter().find(|pod| pod.uid().as_ref() == Some(&uid));
+            let found =
+                all.list(&ListParams::default()).await?.into_iter().find(|pod| pod.uid().as_ref() == Some(&uid));
             if let Some(pod) = found {
                 let message = std::fs::read_to_string(&termination).unwrap_or_default();
                 let code = status.code().unwrap_or(137);
@@ -268,4 +269,3 @@ pub(super) async fn client(kubeconfig: &Path) -> Client {
     let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.expect("a kubeconfig");
     Client::try_from(config).expect("a client")
 }
-
