@@ -216,7 +216,7 @@ mod tests {
         let asked = probing(&facts(&nothing, None, 1), "");
         assert_eq!(conditions(&asked), ["Reconciling=True:Probing", "Ready=False:Probing"]);
         assert_eq!(decide(&facts(&asked, None, 1)), Probe::Begin);
-        let mut good = found(&facts(&asked, None, 1), &Ok(probed(0)));
+        let good = found(&facts(&asked, None, 1), &Ok(probed(0)));
         assert_eq!(conditions(&good), ["Ready=True:Ready", "Reachable=True:Reached"]);
         assert_eq!((good.stored.as_deref(), good.deduplication_ratio.as_deref()), (Some("10"), Some("12.4")));
         assert_eq!(decide(&facts(&good, None, 1)), Probe::Wait(minutes(60)));
@@ -225,8 +225,9 @@ mod tests {
         let changed = probing(&facts(&good, None, 2), "");
         assert_eq!(conditions(&changed), ["Ready=True:Ready", "Reachable=True:Reached", "Reconciling=True:Probing"]);
         assert_eq!(decide(&facts(&changed, None, 2)), Probe::Begin);
-        good.last_probe = Some(Time(now - jiff::SignedDuration::from_mins(61)));
-        assert_eq!(decide(&facts(&good, None, 1)), Probe::Begin);
+        let last_probe = Some(Time(now - jiff::SignedDuration::from_mins(61)));
+        let old = RepositoryStatus { last_probe, ..good.clone() };
+        assert_eq!(decide(&facts(&old, None, 1)), Probe::Begin);
         let damaged = found(&facts(&good, None, 1), &Ok(probed(3)));
         assert_eq!(conditions(&damaged)[0], "Ready=True:DamagedBackups");
     }
