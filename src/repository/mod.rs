@@ -9,6 +9,7 @@ mod check;
 mod chunk;
 mod commit;
 mod create;
+mod directory;
 mod error;
 mod forget;
 #[cfg(test)]
@@ -18,6 +19,7 @@ mod key;
 mod location;
 mod manifest;
 mod need;
+mod pipeline;
 mod plan;
 mod process;
 #[cfg(test)]
@@ -37,6 +39,8 @@ mod strays;
 mod usage;
 #[cfg(test)]
 mod vectors;
+mod workbench;
+mod workers;
 mod writer;
 
 pub use check::{CheckOptions, CheckProgress, CheckSummary, CheckedBackup};
@@ -47,6 +51,7 @@ pub use index::{FANOUT, IndexReader, Shape};
 pub use key::{KeySlot, Passphrase};
 pub use location::Location;
 pub use manifest::{Catalogue, MANIFEST_VERSION, Manifest, StoredVolume};
+pub use pipeline::ChunkPipeline;
 pub use process::Process;
 pub use prune::{PruneOptions, PruneProgress, PruneSummary};
 pub use random::{RandomReader, Unreadable};
@@ -56,4 +61,4 @@ pub use restore::{InPlaceSummary, RepositorySource, restore_in_place};
 pub use session::RepositorySession;
 pub use storage::{Storage, StoredObject};
 pub use usage::ChunkUsage;
-pub use writer::{Base, ChunkPipeline, VolumeWriter};
+pub use writer::{Base, VolumeWriter};
