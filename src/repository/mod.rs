@@ -32,6 +32,7 @@ mod reliance;
 #[allow(clippy::module_inception, reason = "the module is named for what it holds")]
 mod repository;
 mod restore;
+mod scatter;
 mod seal;
 mod session;
 mod storage;
