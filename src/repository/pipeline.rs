@@ -135,15 +135,11 @@ impl ChunkPipeline {
         let place = self.runtime.block_on(Arc::clone(&self.in_flight).acquire_owned());
         let place = place.map_err(|_| RepositoryError::WorkerDied)?;
         let counters = Arc::clone(counters);
-        let mut job = Job { pieces, known, counters, outcome: Box::new(outcome), _place: place };
+        let job = Job { pieces, known, counters, outcome: Box::new(outcome), _place: place };
         if let Some(workers) = &self.workers {
             return workers.add(job).map_err(RepositoryError::local("start a thread"));
         }
-        let this = Arc::clone(self);
-        self.runtime.spawn(async move {
-            let stored = this.store(std::mem::take(&mut job.pieces), job.known, &job.counters).await;
-            job.outcome.settle(stored);
-        });
+        self.runtime.spawn(Arc::clone(self).store_there(job));
         Ok(())
     }
 
@@ -231,6 +227,13 @@ impl ChunkPipeline {
     fn transit(&self, id: ChunkId, known: Option<ChunkId>) -> Option<Transit<'_>> {
         let is_new = known != Some(id) && self.in_transit.lock().is_ok_and(|mut ids| ids.insert(id));
         is_new.then_some(Transit { pipeline: self, id })
+    }
+
+    /// Stores a chunk where sending takes time. A function, not a block: that would capture, and keep, only those parts
+    /// of the job that it names.
+    async fn store_there(self: Arc<Self>, mut job: Job) {
+        let stored = self.store(std::mem::take(&mut job.pieces), job.known, &job.counters).await;
+        job.outcome.settle(stored);
     }
 
     /// Stores a chunk in a directory, on a thread that may block.
