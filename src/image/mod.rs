@@ -14,8 +14,8 @@ pub use error::ImageError;
 pub use manifest::{FORMAT_VERSION, Manifest, ManifestVolume};
 pub use raw::RawSink;
 pub use restore::{
-    PieceSource, RestoreFormat, RestoreTarget, RestoredVolume, check_target, is_device, open_device, restore_source,
-    restore_volume,
+    Part, PieceSource, RestoreFormat, RestoreTarget, RestoredVolume, Take, check_target, is_device, open_device,
+    restore_source, restore_volume,
 };
 pub use sink::{ForeignError, ImageSink, SinkSummary};
 pub use verify::{VerifiedBackup, verify_backup, volume_chain};

@@ -1,6 +1,6 @@
 //! Raw files and block devices as sinks.
 
-use super::{ImageError, ImageSink, SinkSummary};
+use super::{ImageError, ImageSink, SinkSummary, restore::Part};
 use crate::extent::{ByteRange, Piece};
 use rustix::fs::FallocateFlags;
 use std::{
@@ -41,8 +41,17 @@ impl RawSink {
         Ok(Self { file, path, used: true, data_bytes: 0, zero_bytes: 0, size })
     }
 
-    fn zero(&mut self, range: ByteRange) -> Result<(), ImageError> {
-        self.zero_bytes += range.len();
+    /// Takes a part, in any order, from any thread; only a hole where the target is empty is no work.
+    pub(super) fn place(&self, part: &Part<'_>) -> Result<(), ImageError> {
+        match part {
+            Part::Data { offset, bytes } => {
+                self.file.write_all_at(bytes, *offset).map_err(ImageError::io("write", &self.path))
+            }
+            Part::Zero(range) => self.zero(*range),
+        }
+    }
+
+    fn zero(&self, range: ByteRange) -> Result<(), ImageError> {
         if !self.used {
             return Ok(());
         }
@@ -66,9 +75,12 @@ impl ImageSink for RawSink {
         match piece {
             Piece::Data { offset, bytes } => {
                 self.data_bytes += bytes.len() as u64;
-                self.file.write_all_at(&bytes, offset).map_err(ImageError::io("write", &self.path))
+                self.place(&Part::Data { offset, bytes: &bytes })
             }
-            Piece::Zero(range) => self.zero(range),
+            Piece::Zero(range) => {
+                self.zero_bytes += range.len();
+                self.zero(range)
+            }
         }
     }
 

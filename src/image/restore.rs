@@ -30,7 +30,39 @@ pub trait PieceSource: Send {
 
     /// The next piece, proved to be what was backed up; `None` at the end. Pieces cover the whole disk.
     fn next_piece(&mut self) -> Result<Option<Piece>, ImageError>;
+
+    /// Instead: shows all parts to `take`, in any order and from several threads at once, until it refuses one. `None`
+    /// from a source that has but one order.
+    fn scatter(&mut self, _take: Take<'_>) -> Option<Result<(), ImageError>> {
+        None
+    }
 }
+
+/// A part of a disk, as [`PieceSource::scatter`] shows it.
+#[derive(Debug)]
+pub enum Part<'a> {
+    /// Bytes at an offset.
+    Data {
+        /// Byte offset.
+        offset: u64,
+        /// The bytes.
+        bytes: &'a [u8],
+    },
+    /// A range that reads as zeroes.
+    Zero(ByteRange),
+}
+
+impl Part<'_> {
+    fn length(&self) -> u64 {
+        match self {
+            Self::Data { bytes, .. } => bytes.len() as u64,
+            Self::Zero(range) => range.len(),
+        }
+    }
+}
+
+/// Who takes parts.
+pub type Take<'a> = &'a (dyn Fn(Part<'_>) -> Result<(), ImageError> + Sync);
 
 impl PieceSource for ChainReader {
     fn size(&self) -> u64 {
@@ -121,7 +153,7 @@ pub fn restore_source(
     check_target(target)?;
     let (path, size) = (target.path, source.size());
     if is_device(path) {
-        copy(source, Box::new(RawSink::device(open_device(path)?, path.to_owned(), size)?), target)?;
+        copy_raw(source, RawSink::device(open_device(path)?, path.to_owned(), size)?, target)?;
     } else {
         let mut partial = path.as_os_str().to_owned();
         partial.push(".partial");
@@ -150,14 +182,13 @@ fn restore_file(source: &mut dyn PieceSource, partial: &Path, target: &RestoreTa
     let _ = fs::remove_file(partial);
     let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(partial);
     let file = file.map_err(ImageError::io("create", partial))?;
-    let sink: Box<dyn ImageSink> = match target.format {
-        RestoreFormat::Raw => Box::new(RawSink::new(file, partial.to_owned(), size)?),
+    match target.format {
+        RestoreFormat::Raw => copy_raw(source, RawSink::new(file, partial.to_owned(), size)?, target)?,
         RestoreFormat::Qcow2 => {
             let options = Qcow2Options { virtual_size: size, backing: None, compress: false };
-            Box::new(Qcow2Writer::new(file, partial.to_owned(), options))
+            copy(source, Box::new(Qcow2Writer::new(file, partial.to_owned(), options)), target)?;
         }
-    };
-    copy(source, sink, target)?;
+    }
     if target.force {
         fs::rename(partial, target.path).map_err(ImageError::io("rename", partial))?;
     } else {
@@ -168,6 +199,20 @@ fn restore_file(source: &mut dyn PieceSource, partial: &Path, target: &RestoreTa
     let parent = target.path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let handle = fs::File::open(parent).map_err(ImageError::io("open", parent))?;
     handle.sync_all().map_err(ImageError::io("write", parent))
+}
+
+/// In whatever order the source likes best.
+fn copy_raw(source: &mut dyn PieceSource, sink: RawSink, target: &RestoreTarget<'_>) -> Result<(), ImageError> {
+    let scattered = source.scatter(&|part| {
+        interrupted(target)?;
+        sink.place(&part)?;
+        target.progress.fetch_add(part.length(), Ordering::Relaxed);
+        Ok(())
+    });
+    match scattered {
+        Some(done) => done.and_then(|()| Box::new(sink).finish().map(drop)),
+        None => copy(source, Box::new(sink), target),
+    }
 }
 
 fn copy(

@@ -10,8 +10,9 @@ use tokio::io::{AsyncRead, AsyncWrite};
 /// Bytes whose state is asked for at once. An answer holds 8 bytes for each change of state, at worst for every 4 KiB
 /// of a fragmented file and every 64 KiB of the bitmap: 68 KiB, which the server's send buffer takes like any reply.
 const WINDOW: u64 = 32 << 20;
-/// Bytes about whose beginning is asked where the state seldom changes: the answer is one extent, however long.
-const STRETCH: u64 = 1 << 30;
+/// Bytes about whose beginning is asked where the state seldom changes: the answer is one extent, however long. Nearly as
+/// many as a request can name, and a multiple of every unit.
+const STRETCH: u64 = (4 << 30) - WINDOW;
 
 /// How closely is looked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,7 +1,7 @@
 //! Requests and their replies.
 
-use super::{NbdError, handshake, wire::*};
-use bytes::{Bytes, BytesMut};
+use super::{NbdError, handshake, pool::BufferPool, wire::*};
+use bytes::Bytes;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader},
     net::UnixStream,
@@ -71,6 +71,7 @@ pub struct NbdClient<S = UnixStream> {
     /// Requests that are not answered yet and whose answer has no content.
     plain: Vec<u64>,
     next_cookie: u64,
+    buffers: BufferPool,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> NbdClient<S> {
@@ -79,7 +80,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> NbdClient<S> {
         let mut stream = BufReader::with_capacity(16 << 10, stream);
         let settled = handshake::negotiate(&mut stream, export, contexts).await?;
         let handshake::Settled { size, unfragmented, trims: can_trim, contexts } = settled;
-        Ok(Self { stream, size, unfragmented, can_trim, contexts, plain: Vec::new(), next_cookie: 1 })
+        let buffers = BufferPool::default();
+        Ok(Self { stream, size, unfragmented, can_trim, contexts, plain: Vec::new(), next_cookie: 1, buffers })
     }
 
     /// Bytes of the export.
@@ -206,14 +208,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> NbdClient<S> {
     }
 
     async fn bytes(&mut self, length: usize) -> Result<Bytes, NbdError> {
-        let mut bytes = BytesMut::with_capacity(length);
+        let mut bytes = self.buffers.take(length);
         let mut rest = (&mut self.stream).take(length as u64);
         while bytes.len() < length {
             if rest.read_buf(&mut bytes).await? == 0 {
                 return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into());
             }
         }
-        Ok(bytes.freeze())
+        Ok(self.buffers.freeze(bytes))
     }
 
     async fn status(&mut self, count: u32) -> Result<Content, NbdError> {

@@ -9,6 +9,7 @@
 mod client;
 mod error;
 mod handshake;
+mod pool;
 mod send_buffer;
 mod server;
 mod wire;
@@ -23,9 +24,9 @@ pub const REQUEST: u64 = 64 << 10;
 /// Bytes of the longest. A request costs QEMU some switches between threads whatever its length, so that these cost it
 /// half the time of the shortest; longer ones gain little, and cost memory: `KubeVirt` budgets 50 MiB for all of QEMU's
 /// overhead.
-pub const LONGEST_REQUEST: u64 = 256 << 10;
+pub const LONGEST_REQUEST: u64 = 512 << 10;
 /// Reply bytes on one connection that are enough: more are not faster.
-const MOST_CREDIT: u64 = 4 * LONGEST_REQUEST + 4096;
+const MOST_CREDIT: u64 = 3 * LONGEST_REQUEST + 4096;
 
 /// Reply bytes that may be outstanding on one connection, when nothing is known of it: what the server's send buffer
 /// holds in any case.
@@ -67,6 +68,6 @@ mod tests {
         // What QEMU 10.2 gets with the usual `wmem_max`, and with a large one.
         assert_eq!(request_length(credit_of(425_984)), 2 * REQUEST);
         let credit = credit_of(4 << 20);
-        assert_eq!((request_length(credit), credit / (LONGEST_REQUEST + 64)), (LONGEST_REQUEST, 4));
+        assert_eq!((request_length(credit), credit / (LONGEST_REQUEST + 64)), (LONGEST_REQUEST, 3));
     }
 }

@@ -11,7 +11,8 @@ pub const MAX_CHUNK_SIZE: u64 = 8 << 20;
 /// The default: `docs/decisions/0007-chunk-size.md`.
 pub const DEFAULT_CHUNK_SIZE: u64 = 512 << 10;
 
-const STORED: u8 = 0;
+/// First byte of the packed form of content that is stored as it is, and of what is compressed.
+pub(super) const STORED: u8 = 0;
 const ZSTD: u8 = 1;
 
 /// Keyed BLAKE3 of a chunk's content: without the repository's key nobody can tell which content it is. All zero bytes
@@ -80,45 +81,84 @@ pub(super) fn is_zero(content: &[u8]) -> bool {
 
 /// The plain form of a chunk before it is sealed: a byte that says how, and the content. `level` is zstd's, 0 stores
 /// as it is; so is content that does not shrink.
-pub(super) fn pack(content: &[u8], level: i32, compressor: &mut Option<zstd::bulk::Compressor<'static>>) -> Vec<u8> {
-    if level != 0
-        && !content.is_empty()
-        && let Some(packed) = compress(content, level, compressor)
-    {
-        return packed;
-    }
-    let mut packed = Vec::with_capacity(content.len() + 1);
-    packed.push(STORED);
-    packed.extend_from_slice(content);
+pub(super) fn pack(content: &[u8], level: i32) -> Vec<u8> {
+    let mut packed = vec![0; content.len() + 1];
+    let length = compress(content, level, &mut None, &mut packed).unwrap_or_else(|| {
+        packed[0] = STORED;
+        packed[1..].copy_from_slice(content);
+        content.len() + 1
+    });
+    packed.truncate(length);
     packed
 }
 
-fn compress(content: &[u8], level: i32, compressor: &mut Option<zstd::bulk::Compressor<'static>>) -> Option<Vec<u8>> {
+/// A zstd context: making one costs more than compressing a small chunk.
+pub(super) type Compressor = Option<zstd::bulk::Compressor<'static>>;
+/// The same for the way back.
+pub(super) type Decompressor = Option<zstd::bulk::Decompressor<'static>>;
+
+/// The compressed form of content, at the beginning of a buffer that has at least its length; how long it is. `None`
+/// for content that is stored as it is.
+pub(super) fn compress(content: &[u8], level: i32, compressor: &mut Compressor, packed: &mut [u8]) -> Option<usize> {
+    if level == 0 || content.is_empty() {
+        return None;
+    }
     if compressor.is_none() {
         *compressor = zstd::bulk::Compressor::new(level).ok();
     }
-    let mut packed = vec![0; content.len()];
     packed[0] = ZSTD;
     // Room for one byte less than the content: what does not fit does not shrink.
-    let length = compressor.as_mut()?.compress_to_buffer(content, &mut packed[1..]).ok()?;
-    packed.truncate(length + 1);
-    Some(packed)
+    let length = compressor.as_mut()?.compress_to_buffer(content, &mut packed[1..content.len()]).ok()?;
+    Some(length + 1)
 }
 
 /// Undoes [`pack`] for content of exactly `length` bytes.
 pub(super) fn unpack(packed: &[u8], length: usize, label: &str) -> Result<Vec<u8>, RepositoryError> {
+    let mut room = Vec::new();
+    let in_room = unpack_into(packed, length, label, &mut None, &mut room)?;
+    Ok(if in_room { room } else { packed[1..].to_vec() })
+}
+
+/// Undoes [`pack`] for content of exactly `length` bytes; whether it is in the room, or follows the first byte.
+fn unpack_into(
+    packed: &[u8],
+    length: usize,
+    label: &str,
+    decompressor: &mut Decompressor,
+    room: &mut Vec<u8>,
+) -> Result<bool, RepositoryError> {
     let damaged = |detail: String| RepositoryError::damaged(label, detail);
-    let content = match packed.split_first() {
-        Some((&STORED, content)) => content.to_vec(),
-        Some((&ZSTD, compressed)) => zstd::bulk::decompress(compressed, length)
-            .map_err(|error| damaged(format!("it does not decompress to {length} bytes: {error}")))?,
+    let (found, in_room) = match packed.split_first() {
+        Some((&STORED, content)) => (content.len(), false),
+        Some((&ZSTD, compressed)) => {
+            let prepared = decompressor.take().map_or_else(zstd::bulk::Decompressor::new, Ok);
+            let prepared = decompressor.insert(prepared.map_err(RepositoryError::local("prepare to decompress"))?);
+            room.clear();
+            room.reserve_exact(length);
+            let found = prepared
+                .decompress_to_buffer(compressed, room)
+                .map_err(|error| damaged(format!("it does not decompress to {length} bytes: {error}")))?;
+            (found, true)
+        }
         Some((method, _)) => return Err(damaged(format!("it is packed by the unknown method {method}"))),
         None => return Err(damaged("it is empty".into())),
     };
-    if content.len() != length {
-        return Err(damaged(format!("it holds {} bytes, not {length}", content.len())));
+    if found != length {
+        return Err(damaged(format!("it holds {found} bytes, not {length}")));
     }
-    Ok(content)
+    Ok(in_room)
+}
+
+/// Undoes [`pack`] for content of exactly `length` bytes without fresh memory: it is in `packed` or in `room`.
+pub(super) fn unpacked<'a>(
+    packed: &'a [u8],
+    length: usize,
+    label: &str,
+    decompressor: &mut Decompressor,
+    room: &'a mut Vec<u8>,
+) -> Result<&'a [u8], RepositoryError> {
+    let in_room = unpack_into(packed, length, label, decompressor, room)?;
+    Ok(if in_room { room } else { &packed[1..] })
 }
 
 #[cfg(test)]
@@ -129,7 +169,7 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_packed_unpacks(content in proptest::collection::vec(0_u8..4, 0..5000), level in 0..4) {
-            let packed = pack(&content, level, &mut None);
+            let packed = pack(&content, level);
             prop_assert!(packed.len() <= content.len() + 1);
             prop_assert_eq!(unpack(&packed, content.len(), "x").unwrap(), content.clone());
             prop_assert!(unpack(&packed, content.len() + 1, "x").is_err());
@@ -162,6 +202,6 @@ mod tests {
     fn incompressible_content_is_stored() {
         let mut content = vec![0; 100_000];
         getrandom::fill(&mut content).unwrap();
-        assert_eq!(pack(&content, 1, &mut None)[0], STORED);
+        assert_eq!(pack(&content, 1)[0], STORED);
     }
 }

@@ -1,13 +1,14 @@
 //! Creating a file that must not exist yet, on file systems without hard links (FAT, many of FUSE, some shares): those
 //! are what `object_store` does it with.
 
+use super::directory::stage;
 use rustix::{
     fs::{CWD, RenameFlags, renameat_with},
     io::Errno,
 };
 use std::{
     error::Error,
-    fs::{self, File, OpenOptions},
+    fs::{self, File},
     io::{self, Write},
     path::Path,
 };
@@ -47,22 +48,6 @@ pub(super) fn create_by_rename(path: &Path, content: &[u8]) -> io::Result<bool> 
     }
     path.parent().map_or(Ok(()), |above| File::open(above)?.sync_all())?;
     Ok(true)
-}
-
-/// A new file beside it, with a name that no list shows.
-fn stage(path: &Path) -> io::Result<(File, std::path::PathBuf)> {
-    let above = path.parent().unwrap_or(Path::new("."));
-    fs::create_dir_all(above)?;
-    let mut number = 1_u32;
-    loop {
-        let mut staging = path.as_os_str().to_owned();
-        staging.push(format!("#{number}"));
-        match OpenOptions::new().write(true).create_new(true).open(&staging) {
-            Ok(file) => return Ok((file, staging.into())),
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => number += 1,
-            Err(error) => return Err(error),
-        }
-    }
 }
 
 #[cfg(test)]

@@ -180,7 +180,7 @@ async fn manifest(
     let object = repository.manifest_name("web", &id);
     let document = document.to_string();
     let mut content = length.unwrap_or(document.len() as u64).to_le_bytes().to_vec();
-    content.extend(chunk::pack(document.as_bytes(), 3, &mut None));
+    content.extend(chunk::pack(document.as_bytes(), 3));
     let sealed = repository.manifests().seal(object.as_bytes(), &content).unwrap();
     repository.storage().put(&object, sealed.into()).await.unwrap();
     repository.read_manifest(&ManifestName { id, object }).await
@@ -258,7 +258,9 @@ async fn absurd_volumes_take_no_memory() {
     // A page of the right name with another number of ids.
     let short = vec![7; 32 * 5];
     let id = repository.chunk_id(&short);
-    let sealed = repository.seal_chunk(id, &short, 1, &mut None).unwrap();
+    let mut workbench = super::workbench::Workbench::default();
+    workbench.put(&[short.into()]);
+    let sealed = workbench.seal(&repository, id, 1).unwrap().to_vec();
     repository.storage().put(&chunk_name(id), sealed.into()).await.unwrap();
     for size in [1, 1 << 30, 1 << 56] {
         let volume = manifest(&repository, None, &document(&json!([volume(size, &id.to_hex())]))).await.unwrap();

@@ -116,7 +116,7 @@ impl Repository {
             let (bytes, limit) = (document.len(), MAX_MANIFEST);
             return Err(RepositoryError::Invalid(format!("the manifest has {bytes} bytes, more than {limit}")));
         }
-        let packed = super::chunk::pack(&document, 3, &mut None);
+        let packed = super::chunk::pack(&document, 3);
         let mut content = (document.len() as u64).to_le_bytes().to_vec();
         content.extend_from_slice(&packed);
         let object = self.manifests().seal(name.as_bytes(), &content)?;

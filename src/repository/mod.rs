@@ -9,6 +9,7 @@ mod check;
 mod chunk;
 mod commit;
 mod create;
+mod directory;
 mod error;
 mod forget;
 #[cfg(test)]
@@ -18,6 +19,7 @@ mod key;
 mod location;
 mod manifest;
 mod need;
+mod pipeline;
 mod plan;
 mod process;
 #[cfg(test)]
@@ -30,6 +32,7 @@ mod reliance;
 #[allow(clippy::module_inception, reason = "the module is named for what it holds")]
 mod repository;
 mod restore;
+mod scatter;
 mod seal;
 mod session;
 mod storage;
@@ -37,6 +40,8 @@ mod strays;
 mod usage;
 #[cfg(test)]
 mod vectors;
+mod workbench;
+mod workers;
 mod writer;
 
 pub use check::{CheckOptions, CheckProgress, CheckSummary, CheckedBackup};
@@ -47,6 +52,7 @@ pub use index::{FANOUT, IndexReader, Shape};
 pub use key::{KeySlot, Passphrase};
 pub use location::Location;
 pub use manifest::{Catalogue, MANIFEST_VERSION, Manifest, StoredVolume};
+pub use pipeline::ChunkPipeline;
 pub use process::Process;
 pub use prune::{PruneOptions, PruneProgress, PruneSummary};
 pub use random::{RandomReader, Unreadable};
@@ -56,4 +62,4 @@ pub use restore::{InPlaceSummary, RepositorySource, restore_in_place};
 pub use session::RepositorySession;
 pub use storage::{Storage, StoredObject};
 pub use usage::ChunkUsage;
-pub use writer::{Base, ChunkPipeline, VolumeWriter};
+pub use writer::{Base, VolumeWriter};

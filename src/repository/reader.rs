@@ -16,6 +16,11 @@ use std::sync::Arc;
 const AHEAD_BYTES: u64 = 48 << 20;
 const MAX_AHEAD: u64 = 32;
 
+/// Chunks that are read ahead.
+pub(super) fn chunks_ahead(chunk_size: u64) -> usize {
+    (AHEAD_BYTES / chunk_size).clamp(4, MAX_AHEAD) as usize
+}
+
 /// Reads one volume of a backup.
 #[derive(Debug)]
 pub struct VolumeReader {
@@ -109,7 +114,6 @@ impl VolumeReader {
     pub fn pieces(&self) -> impl Stream<Item = Result<Piece, RepositoryError>> + Send + 'static {
         let repository = Arc::clone(&self.repository);
         let shape = self.shape();
-        let ahead = (AHEAD_BYTES / shape.chunk_size).clamp(4, MAX_AHEAD) as usize;
         self.leaves()
             .map_ok(move |run| stream::iter(wanted(shape, run).into_iter().map(Ok)))
             .try_flatten()
@@ -125,7 +129,7 @@ impl VolumeReader {
                     }
                 }
             })
-            .buffered(ahead)
+            .buffered(chunks_ahead(shape.chunk_size))
     }
 }
 
@@ -140,14 +144,15 @@ pub struct LeafRun {
     pub ids: Vec<ChunkId>,
 }
 
+/// What has to be done about a part of a volume.
 #[derive(Debug)]
-enum Wanted {
+pub(super) enum Wanted {
     Zero(ByteRange),
     Chunk { offset: u64, length: u64, id: ChunkId },
 }
 
 /// What has to be read of a run; zeroes that follow each other are one.
-fn wanted(shape: Shape, run: LeafRun) -> Vec<Wanted> {
+pub(super) fn wanted(shape: Shape, run: LeafRun) -> Vec<Wanted> {
     let offset = |chunk: u64| (chunk * shape.chunk_size).min(shape.size);
     let mut all = Vec::new();
     let mut zero_from = run.first;

@@ -222,17 +222,6 @@ impl Repository {
         self.ids.id(content)
     }
 
-    /// Packs and seals a chunk. Much work: not for a thread of the runtime.
-    pub(super) fn seal_chunk(
-        &self,
-        id: ChunkId,
-        content: &[u8],
-        level: i32,
-        compressor: &mut Option<zstd::bulk::Compressor<'static>>,
-    ) -> Result<Vec<u8>, RepositoryError> {
-        self.chunks.seal(id.as_bytes(), &chunk::pack(content, level, compressor))
-    }
-
     /// Reads a chunk of exactly `length` bytes, and proves that it is the right one.
     pub async fn read_chunk(self: &Arc<Self>, id: ChunkId, length: u64) -> Result<Vec<u8>, RepositoryError> {
         let name = chunk_name(id);
@@ -240,8 +229,9 @@ impl Repository {
         let object = self.storage.require(&name, limit).await?;
         let this = Arc::clone(self);
         let opened = tokio::task::spawn_blocking(move || {
-            let packed = this.chunks.open(id.as_bytes(), &object, &name)?;
-            let content = chunk::unpack(&packed, length as usize, &name)?;
+            let mut object = Vec::from(object);
+            let packed = this.chunks.open_in_place(id.as_bytes(), &mut object, &name)?;
+            let content = chunk::unpack(packed, length as usize, &name)?;
             if this.ids.id(&content) == id {
                 Ok(content)
             } else {
@@ -254,6 +244,10 @@ impl Repository {
     /// What stands for a VM's name in names of objects, so that the storage does not learn it: 32 hex digits.
     pub(super) fn vm_tag(&self, vm: &str) -> String {
         key::hex(&blake3::keyed_hash(&self.vm_tags, vm.as_bytes()).as_bytes()[..16])
+    }
+
+    pub(super) fn chunks(&self) -> &Sealer {
+        &self.chunks
     }
 
     pub(super) fn manifests(&self) -> &Sealer {

@@ -1,9 +1,9 @@
 //! Restoring from a repository.
 
-use super::{RepositoryError, index::Shape, reader::VolumeReader, repository::Repository};
+use super::{RepositoryError, index::Shape, reader::VolumeReader, repository::Repository, scatter::Scatter};
 use crate::{
     extent::Piece,
-    image::{ForeignError, ImageError, PieceSource},
+    image::{ForeignError, ImageError, PieceSource, Take},
 };
 use futures::{StreamExt, TryStreamExt, stream::BoxStream};
 use std::{
@@ -23,6 +23,7 @@ const PARALLEL_CHUNKS: usize = 8;
 /// belong to the runtime's workers.
 pub struct RepositorySource {
     runtime: Handle,
+    scatter: Scatter,
     shape: Shape,
     pieces: BoxStream<'static, Result<Piece, RepositoryError>>,
 }
@@ -36,7 +37,8 @@ impl std::fmt::Debug for RepositorySource {
 impl RepositorySource {
     /// To be called within the runtime.
     pub fn new(reader: &VolumeReader) -> Self {
-        Self { runtime: Handle::current(), shape: reader.shape(), pieces: reader.pieces().boxed() }
+        let (runtime, scatter) = (Handle::current(), Scatter::new(reader));
+        Self { runtime, scatter, shape: reader.shape(), pieces: reader.pieces().boxed() }
     }
 }
 
@@ -48,6 +50,10 @@ impl PieceSource for RepositorySource {
     fn next_piece(&mut self) -> Result<Option<Piece>, ImageError> {
         let next = self.runtime.block_on(self.pieces.next());
         next.transpose().map_err(ForeignError::new).map_err(ImageError::Foreign)
+    }
+
+    fn scatter(&mut self, take: Take<'_>) -> Option<Result<(), ImageError>> {
+        Some(self.scatter.run(&self.runtime, take))
     }
 }
 

@@ -12,10 +12,20 @@ use zeroize::Zeroizing;
 /// First bytes of every sealed object.
 const MAGIC: &[u8; 4] = b"VFR1";
 const SALT: usize = 24;
-const HEADER: usize = MAGIC.len() + 1 + SALT;
-const TAG: usize = 16;
+/// Bytes of a sealed object before its content, and behind it.
+pub(super) const HEADER: usize = MAGIC.len() + 1 + SALT;
+pub(super) const TAG: usize = 16;
 /// Bytes that sealing adds.
 pub(super) const OVERHEAD: usize = HEADER + TAG;
+
+/// Content with room for what sealing adds.
+fn object_of(content: &[u8]) -> Vec<u8> {
+    let mut object = Vec::with_capacity(content.len() + OVERHEAD);
+    object.resize(HEADER, 0);
+    object.extend_from_slice(content);
+    object.resize(content.len() + OVERHEAD, 0);
+    object
+}
 
 /// What an object is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,53 +62,76 @@ impl Sealer {
 
     /// Seals content as the object `name`.
     pub(super) fn seal(&self, name: &[u8], content: &[u8]) -> Result<Vec<u8>, RepositoryError> {
+        let mut object = object_of(content);
+        self.seal_in_place(name, &mut object)?;
+        Ok(object)
+    }
+
+    /// Seals the content that is in the midst of a buffer, behind [`HEADER`] bytes and before [`TAG`] bytes; the whole
+    /// buffer becomes the object `name`.
+    pub(super) fn seal_in_place(&self, name: &[u8], object: &mut [u8]) -> Result<(), RepositoryError> {
         let mut salt = [0; SALT];
         getrandom::fill(&mut salt).map_err(|error| RepositoryError::Local {
             attempt: "take randomness from the system",
             source: std::io::Error::other(error),
         })?;
-        self.seal_salted(name, content, salt)
+        self.seal_salted(name, object, salt)
     }
 
     /// With a salt that must be used for nothing else.
-    fn seal_salted(&self, name: &[u8], content: &[u8], salt: [u8; SALT]) -> Result<Vec<u8>, RepositoryError> {
-        let mut object = Vec::with_capacity(content.len() + OVERHEAD);
-        object.extend_from_slice(MAGIC);
-        object.push(self.kind as u8);
-        object.extend_from_slice(&salt);
-        object.extend_from_slice(content);
-        let (_, body) = object.split_at_mut(HEADER);
+    fn seal_salted(&self, name: &[u8], object: &mut [u8], salt: [u8; SALT]) -> Result<(), RepositoryError> {
+        let refused = || RepositoryError::Invalid("an object of this size cannot be sealed".into());
+        let (header, rest) = object.split_at_mut_checked(HEADER).ok_or_else(refused)?;
+        let body = rest.len().checked_sub(TAG).ok_or_else(refused)?;
+        let (body, end) = rest.split_at_mut(body);
+        header[..MAGIC.len()].copy_from_slice(MAGIC);
+        header[MAGIC.len()] = self.kind as u8;
+        header[MAGIC.len() + 1..].copy_from_slice(&salt);
         let tag = self
             .object_key(&salt)
             .seal_in_place_separate_tag(Nonce::assume_unique_for_key([0; NONCE_LEN]), Aad::from(self.bound(name)), body)
-            .map_err(|_| RepositoryError::Invalid("an object of this size cannot be sealed".into()))?;
-        object.extend_from_slice(tag.as_ref());
-        Ok(object)
+            .map_err(|_| refused())?;
+        end.copy_from_slice(tag.as_ref());
+        Ok(())
     }
 
     /// Opens the object `name`; `label` names it in errors.
     pub(super) fn open(&self, name: &[u8], object: &[u8], label: &str) -> Result<Vec<u8>, RepositoryError> {
+        let mut object = object.to_vec();
+        let content = self.open_in_place(name, &mut object, label)?;
+        let length = content.len();
+        object.copy_within(HEADER..HEADER + length, 0);
+        object.truncate(length);
+        Ok(object)
+    }
+
+    /// The same in the buffer that the object is in, of which nothing else is of use then: the content within it.
+    pub(super) fn open_in_place<'a>(
+        &self,
+        name: &[u8],
+        object: &'a mut [u8],
+        label: &str,
+    ) -> Result<&'a [u8], RepositoryError> {
         let damaged = |detail: &str| RepositoryError::damaged(label, detail);
         if object.len() < OVERHEAD {
             return Err(damaged(&format!("it has {} bytes, fewer than any sealed object", object.len())));
         }
-        let (header, body) = object.split_at(HEADER);
+        let (header, body) = object.split_at_mut(HEADER);
         if &header[..4] != MAGIC {
             return Err(damaged("it is no sealed object of a format that is known"));
         }
         if header[4] != self.kind as u8 {
             return Err(damaged("it is an object of another kind"));
         }
-        let mut body = body.to_vec();
         let mut salt = [0; SALT];
         salt.copy_from_slice(&header[5..]);
-        let length = self
-            .object_key(&salt)
-            .open_in_place(Nonce::assume_unique_for_key([0; NONCE_LEN]), Aad::from(self.bound(name)), &mut body)
-            .map_err(|_| damaged("its seal is broken: changed, misplaced, or sealed with another key"))?
-            .len();
-        body.truncate(length);
-        Ok(body)
+        let opened = self.object_key(&salt).open_in_place(
+            Nonce::assume_unique_for_key([0; NONCE_LEN]),
+            Aad::from(self.bound(name)),
+            body,
+        );
+        let broken = |_| damaged("its seal is broken: changed, misplaced, or sealed with another key");
+        opened.map(|content| &*content).map_err(broken)
     }
 
     /// The same nonce is right because the key is never used again: 192 random bits go into it.
@@ -123,7 +156,9 @@ impl Sealer {
 impl Sealer {
     /// Seals with a salt that is known: for test vectors.
     pub(super) fn seal_for_a_vector(&self, name: &[u8], content: &[u8], salt: [u8; SALT]) -> Vec<u8> {
-        self.seal_salted(name, content, salt).unwrap()
+        let mut object = object_of(content);
+        self.seal_salted(name, &mut object, salt).unwrap();
+        object
     }
 }
 

@@ -169,6 +169,14 @@ impl RepositorySession {
         Ok(!self.repository.storage().exists(&chunk_name(id)).await?)
     }
 
+    /// The same from a thread that may block, where the objects are in a directory; `None` when only
+    /// [`Self::is_missing`] can tell.
+    pub(super) fn is_missing_here(&self, id: ChunkId) -> Option<Result<bool, RepositoryError>> {
+        let objects = self.repository.storage().objects()?;
+        let condemned = self.inner.state.blocking_lock().condemned.contains(&id);
+        (!condemned).then(|| Ok(!objects.exists(&chunk_name(id))?))
+    }
+
     /// The newest backup of a VM, to stand on.
     pub async fn newest(&self, vm: &str) -> Result<Option<Manifest>, RepositoryError> {
         loop {

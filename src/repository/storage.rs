@@ -6,6 +6,7 @@
 use super::{
     RepositoryError,
     create::{create_by_rename, has_no_hard_links},
+    directory::ObjectDirectory,
 };
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream::BoxStream};
@@ -22,7 +23,7 @@ pub struct Storage {
     durable: Arc<dyn ObjectStore>,
     prefix: Path,
     url: String,
-    directory: Option<PathBuf>,
+    directory: Option<ObjectDirectory>,
     /// The directory, open from the beginning on: syncfs(2) reports those errors of write-back that came after the
     /// descriptor was opened, unless nobody has been told of them yet.
     opened: Option<Arc<File>>,
@@ -39,7 +40,7 @@ impl Storage {
         directory: Option<PathBuf>,
     ) -> Self {
         let opened = directory.as_ref().and_then(|directory| File::open(directory).ok()).map(Arc::new);
-        Self { store, durable, prefix, url: url.into(), directory, opened }
+        Self { store, durable, prefix, url: url.into(), directory: directory.map(ObjectDirectory::new), opened }
     }
 
     /// How people name it.
@@ -49,7 +50,12 @@ impl Storage {
 
     /// The directory, when it is one.
     pub fn directory(&self) -> Option<&std::path::Path> {
-        self.directory.as_deref()
+        self.directory.as_ref().map(ObjectDirectory::path)
+    }
+
+    /// The directory, for threads that may block.
+    pub(super) fn objects(&self) -> Option<&ObjectDirectory> {
+        self.directory.as_ref()
     }
 
     fn path(&self, name: &str) -> Path {
@@ -164,7 +170,7 @@ impl Storage {
         };
         if let Some(directory) = self.directory.as_ref().filter(|_| !refused) {
             if create && has_no_hard_links(&error) {
-                let path = directory.join(name);
+                let path = directory.path().join(name);
                 let created = tokio::task::spawn_blocking(move || create_by_rename(&path, &content));
                 let created = created.await.map_err(|_| RepositoryError::WorkerDied)?;
                 let failed =
@@ -190,7 +196,8 @@ impl Storage {
     pub fn lock(&self, name: &str) -> Result<Option<StorageLock>, RepositoryError> {
         let Some(directory) = &self.directory else { return Ok(Some(StorageLock(None))) };
         let local = RepositoryError::local("lock the repository");
-        let file = std::fs::OpenOptions::new().create(true).truncate(false).write(true).open(directory.join(name));
+        let file =
+            std::fs::OpenOptions::new().create(true).truncate(false).write(true).open(directory.path().join(name));
         let file = file.map_err(local)?;
         match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(Some(StorageLock(Some(file)))),
@@ -232,7 +239,7 @@ impl Storage {
         is_old: impl Fn(Timestamp) -> bool + Send + 'static,
     ) -> Result<u64, RepositoryError> {
         let Some(directory) = self.directory.clone() else { return Ok(0) };
-        let removed = tokio::task::spawn_blocking(move || remove_unfinished(&directory, &is_old));
+        let removed = tokio::task::spawn_blocking(move || remove_unfinished(directory.path(), &is_old));
         let removed = removed.await.map_err(|_| RepositoryError::WorkerDied)?;
         removed.map_err(RepositoryError::local("remove unfinished files of the repository"))
     }
@@ -244,7 +251,7 @@ impl Storage {
         let synced = tokio::task::spawn_blocking(move || {
             let handle = match opened {
                 Some(handle) => handle,
-                None => Arc::new(File::open(directory)?),
+                None => Arc::new(File::open(directory.path())?),
             };
             // One call for all files and directories below, instead of two for each chunk.
             rustix::fs::syncfs(&handle).map_err(std::io::Error::from)

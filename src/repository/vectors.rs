@@ -43,7 +43,7 @@ fn vectors() -> String {
     line("chunk id", &chunk.to_hex());
     line("object", &chunk_name(chunk));
     let chunks = Sealer::new(ObjectKind::Chunk, key.derive("chunk"), id);
-    let packed = chunk::pack(content, 0, &mut None);
+    let packed = chunk::pack(content, 0);
     line("packed", &hex(&packed));
     line("salt", &hex(&salt));
     line("sealed", &hex(&chunks.seal_for_a_vector(chunk.as_bytes(), &packed, salt)));
@@ -57,7 +57,7 @@ fn vectors() -> String {
     // Not a manifest, but sealed like one.
     let document = b"{}";
     let mut content = (document.len() as u64).to_le_bytes().to_vec();
-    content.extend(chunk::pack(document, 0, &mut None));
+    content.extend(chunk::pack(document, 0));
     line("sealed document \"{}\"", &hex(&repository.manifests().seal_for_a_vector(name.as_bytes(), &content, salt)));
 
     let (kdf, wrapping) = Kdf::for_vectors(&Passphrase::new("correct horse".into()).unwrap(), counting(0xC0));

@@ -1,158 +1,22 @@
-//! From the pieces of a disk to chunks in a repository.
+//! From the pieces of a disk to chunks in a repository, and to the index that names them.
 //!
-//! The pieces come from a thread that may block; a chunk that is complete becomes a task: name it, look whether it is
-//! there, pack and seal it, send it. A bounded number of tasks runs, so that memory is bounded whatever the disk's size
-//! and the storage's pace.
+//! The pieces come from a thread that may block; a chunk that is complete goes to the [`ChunkPipeline`].
 
 use super::{
     RepositoryError,
     chunk::ChunkId,
     index::{FANOUT, IndexReader, Shape, page_bytes},
-    repository::{Repository, chunk_name},
-    session::RepositorySession,
+    pipeline::{ChunkPipeline, Counters, Outcome},
 };
 use crate::{
     extent::{ByteRange, Piece},
     image::{ForeignError, ImageError, ImageSink, SinkSummary},
 };
-use std::{
-    collections::HashSet,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
-    },
+use bytes::Bytes;
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicU64, Ordering},
 };
-use tokio::{runtime::Handle, sync::Semaphore};
-
-/// Bytes of chunks that are under way at once, over all volumes; each is held up to three times (plain, packed and
-/// sealed, sent), so this is about a third of the memory.
-const IN_FLIGHT_BYTES: u64 = 48 << 20;
-/// More requests at once do not make a storage faster.
-const MAX_IN_FLIGHT: u64 = 48;
-
-/// What all volumes of a backup share.
-pub struct ChunkPipeline {
-    session: Arc<RepositorySession>,
-    /// Chunks under way.
-    in_flight: Arc<Semaphore>,
-    limit: u32,
-    /// Processors at work.
-    processors: Arc<Semaphore>,
-    /// zstd's level; 0: not compressed.
-    level: i32,
-    /// Chunks that are being looked for or sent, so that two of the same content are sent once.
-    in_transit: Mutex<HashSet<ChunkId>>,
-    /// zstd contexts: making one costs more than compressing a small chunk.
-    compressors: Mutex<Vec<zstd::bulk::Compressor<'static>>>,
-}
-
-impl std::fmt::Debug for ChunkPipeline {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ChunkPipeline").field("level", &self.level).finish_non_exhaustive()
-    }
-}
-
-impl ChunkPipeline {
-    /// For a session. `level` is zstd's, 0 does not compress.
-    pub fn new(session: Arc<RepositorySession>, level: i32) -> Arc<Self> {
-        let limit = (IN_FLIGHT_BYTES / session.repository().chunk_size()).clamp(4, MAX_IN_FLIGHT) as u32;
-        let processors = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-        Arc::new(Self {
-            session,
-            in_flight: Arc::new(Semaphore::new(limit as usize)),
-            limit,
-            processors: Arc::new(Semaphore::new(processors)),
-            level,
-            in_transit: Mutex::default(),
-            compressors: Mutex::default(),
-        })
-    }
-
-    fn repository(&self) -> &Arc<Repository> {
-        self.session.repository()
-    }
-
-    /// Stores content unless the repository has it; its id. `known`: this id is stored for certain.
-    async fn store(
-        self: &Arc<Self>,
-        content: Vec<u8>,
-        known: Option<ChunkId>,
-        counters: &Counters,
-    ) -> Result<ChunkId, RepositoryError> {
-        let died = |_| RepositoryError::WorkerDied;
-        let length = content.len() as u64;
-        let (id, content) = {
-            let _processor = self.processors.acquire().await;
-            let repository = Arc::clone(self.repository());
-            tokio::task::spawn_blocking(move || (repository.chunk_id(&content), content)).await.map_err(died)?
-        };
-        if id.is_zero() {
-            counters.zero_bytes.fetch_add(length, Ordering::Relaxed);
-            return Ok(id);
-        }
-        counters.data_bytes.fetch_add(length, Ordering::Relaxed);
-        // A second one of the same content need not wait for the first: when sending that fails, the whole backup does.
-        if known == Some(id) || !self.in_transit.lock().is_ok_and(|mut ids| ids.insert(id)) {
-            return Ok(id);
-        }
-        let sent = self.send_if_missing(id, content, counters).await;
-        if let Ok(mut ids) = self.in_transit.lock() {
-            ids.remove(&id);
-        }
-        sent.map(|()| id)
-    }
-
-    /// Stores content, as [`Self::store`] does.
-    #[cfg(test)]
-    pub(super) async fn store_plain(
-        self: &Arc<Self>,
-        content: Vec<u8>,
-        known: Option<ChunkId>,
-    ) -> Result<ChunkId, RepositoryError> {
-        self.store(content, known, &Counters::default()).await
-    }
-
-    async fn send_if_missing(
-        self: &Arc<Self>,
-        id: ChunkId,
-        content: Vec<u8>,
-        counters: &Counters,
-    ) -> Result<(), RepositoryError> {
-        if !self.session.is_missing(id).await? {
-            return Ok(());
-        }
-        let length = content.len() as u64;
-        let sealed = {
-            let _processor = self.processors.acquire().await;
-            let this = Arc::clone(self);
-            tokio::task::spawn_blocking(move || this.seal(id, &content))
-                .await
-                .map_err(|_| RepositoryError::WorkerDied)??
-        };
-        counters.new_bytes.fetch_add(length, Ordering::Relaxed);
-        counters.stored_bytes.fetch_add(sealed.len() as u64, Ordering::Relaxed);
-        self.repository().storage().put(&chunk_name(id), sealed.into()).await
-    }
-
-    fn seal(&self, id: ChunkId, content: &[u8]) -> Result<Vec<u8>, RepositoryError> {
-        let mut compressor = self.compressors.lock().ok().and_then(|mut all| all.pop());
-        let sealed = self.repository().seal_chunk(id, content, self.level, &mut compressor);
-        if let (Some(compressor), Ok(mut all)) = (compressor, self.compressors.lock()) {
-            all.push(compressor);
-        }
-        sealed
-    }
-}
-
-/// Of content, in bytes.
-#[derive(Debug, Default)]
-#[allow(clippy::struct_field_names, reason = "the names of the summary")]
-struct Counters {
-    data_bytes: AtomicU64,
-    zero_bytes: AtomicU64,
-    new_bytes: AtomicU64,
-    stored_bytes: AtomicU64,
-}
 
 /// Below a new backup: the index of the one before, which the session has adopted ([`RepositorySession::adopt`]).
 #[derive(Debug, Clone, Copy)]
@@ -170,7 +34,6 @@ pub struct Base {
 #[derive(Debug)]
 pub struct VolumeWriter {
     pipeline: Arc<ChunkPipeline>,
-    runtime: Handle,
     shape: Shape,
     base: Option<(Base, IndexReader)>,
     /// Number of the leaf that is being filled, and what its chunks will be.
@@ -178,12 +41,21 @@ pub struct VolumeWriter {
     /// Ids of the leaves so far, by number.
     leaves: Vec<ChunkId>,
     /// The chunk that is being filled.
-    open: Option<(u64, Vec<u8>)>,
+    open: Option<OpenChunk>,
     /// Bytes of the disk taken so far.
     position: u64,
     counters: Arc<Counters>,
     /// Why a task failed.
     failure: Arc<Mutex<Option<RepositoryError>>>,
+}
+
+/// A chunk that is being filled.
+#[derive(Debug)]
+struct OpenChunk {
+    number: u64,
+    pieces: Vec<Bytes>,
+    /// Bytes of them.
+    length: u64,
 }
 
 #[derive(Debug, Clone)]
@@ -199,7 +71,6 @@ impl VolumeWriter {
         let shape = Shape { size, chunk_size: pipeline.repository().chunk_size() };
         Self {
             pipeline,
-            runtime: Handle::current(),
             shape,
             base: base.map(|base| (base, IndexReader::new(base.shape, base.root))),
             leaf: None,
@@ -220,32 +91,23 @@ impl VolumeWriter {
         self.position = range.end();
         match piece {
             Piece::Zero(range) => self.zero(range),
-            Piece::Data { offset, bytes } => {
-                let (mut at, mut rest) = (offset, bytes.as_ref());
-                while !rest.is_empty() {
-                    let chunk = at / self.shape.chunk_size;
-                    let begin = chunk * self.shape.chunk_size;
-                    let length = self.shape.length(chunk);
-                    if self.open.is_none() {
-                        if at != begin {
-                            return Err(bad(at));
-                        }
-                        self.open = Some((chunk, Vec::with_capacity(length as usize)));
-                    }
-                    let Some((_, content)) = self
-                        .open
-                        .as_mut()
-                        .filter(|(open, content)| *open == chunk && content.len() as u64 == at - begin)
-                    else {
+            Piece::Data { offset, mut bytes } => {
+                let mut at = offset;
+                while !bytes.is_empty() {
+                    let number = at / self.shape.chunk_size;
+                    let (begin, length) = (number * self.shape.chunk_size, self.shape.length(number));
+                    let open = self.open.get_or_insert(OpenChunk { number, pieces: Vec::new(), length: 0 });
+                    if open.number != number || open.length != at - begin {
                         return Err(bad(at));
-                    };
-                    let (now, later) = rest.split_at(rest.len().min((length - (at - begin)) as usize));
-                    content.extend_from_slice(now);
-                    (at, rest) = (at + now.len() as u64, later);
-                    if content.len() as u64 == length
-                        && let Some((chunk, content)) = self.open.take()
+                    }
+                    let piece = bytes.split_to(bytes.len().min((length - open.length) as usize));
+                    at += piece.len() as u64;
+                    open.length += piece.len() as u64;
+                    open.pieces.push(piece);
+                    if open.length == length
+                        && let Some(open) = self.open.take()
                     {
-                        self.dispatch(chunk, content)?;
+                        self.dispatch(open)?;
                     }
                 }
                 Ok(())
@@ -268,26 +130,13 @@ impl VolumeWriter {
         Ok(())
     }
 
-    fn dispatch(&mut self, chunk: u64, content: Vec<u8>) -> Result<(), RepositoryError> {
-        let leaf = self.leaf(chunk)?;
-        let in_flight = Arc::clone(&self.pipeline.in_flight);
-        let permit = self.runtime.block_on(in_flight.acquire_owned()).map_err(|_| RepositoryError::WorkerDied)?;
-        self.check()?;
-        let known = leaf.known.as_ref().and_then(|known| known.get((chunk % FANOUT) as usize).copied());
-        let (pipeline, counters) = (Arc::clone(&self.pipeline), Arc::clone(&self.counters));
-        let failure = Arc::clone(&self.failure);
-        self.runtime.spawn(async move {
-            match pipeline.store(content, known, &counters).await {
-                Ok(id) => set(&leaf.ids, chunk, id),
-                Err(error) => {
-                    if let Ok(mut failure) = failure.lock() {
-                        failure.get_or_insert(error);
-                    }
-                }
-            }
-            drop(permit);
-        });
-        Ok(())
+    fn dispatch(&mut self, chunk: OpenChunk) -> Result<(), RepositoryError> {
+        let OpenChunk { number, pieces, .. } = chunk;
+        let leaf = self.leaf(number)?;
+        let known = leaf.known.as_ref().and_then(|known| known.get((number % FANOUT) as usize).copied());
+        let outcome = Place { ids: leaf.ids, chunk: number, failure: Arc::clone(&self.failure), settled: false };
+        self.pipeline.dispatch(pieces, known, &self.counters, outcome)?;
+        self.check()
     }
 
     /// The leaf of a chunk; the one before is completed.
@@ -316,7 +165,7 @@ impl VolumeWriter {
             return Ok(None);
         }
         let repository = self.pipeline.repository();
-        let ids = self.runtime.block_on(index.page_ids(repository, 1, number));
+        let ids = self.pipeline.runtime().block_on(index.page_ids(repository, 1, number));
         match ids {
             Ok(ids) => Ok(Some(ids)),
             // Of what only saves work nothing is demanded.
@@ -334,7 +183,7 @@ impl VolumeWriter {
             && old == id
             && !id.is_zero()
         {
-            let mut content = self.runtime.block_on(self.pipeline.repository().read_chunk(*old, length))?;
+            let mut content = self.pipeline.runtime().block_on(self.pipeline.repository().read_chunk(*old, length))?;
             content.resize(self.shape.length(seam) as usize, 0);
             *id = self.store_aside(content)?;
         }
@@ -360,7 +209,7 @@ impl VolumeWriter {
                     if base.shape.page_length(1, leaf) == self.shape.page_length(1, leaf)
                         && seam.is_none_or(|(chunk, _)| chunk / FANOUT != leaf)
                     {
-                        self.runtime.block_on(index.id(self.pipeline.repository(), 1, leaf))?
+                        self.pipeline.runtime().block_on(index.id(self.pipeline.repository(), 1, leaf))?
                     } else {
                         self.leaf_of_base(leaf)?
                     }
@@ -394,8 +243,7 @@ impl VolumeWriter {
 
     /// Waits for all chunks of this volume (and others that are under way).
     fn drain(&self) -> Result<(), RepositoryError> {
-        let all = self.runtime.block_on(self.pipeline.in_flight.acquire_many(self.pipeline.limit));
-        drop(all.map_err(|_| RepositoryError::WorkerDied)?);
+        self.pipeline.drain()?;
         self.check()
     }
 
@@ -411,15 +259,15 @@ impl VolumeWriter {
     /// Stores what the caller did not send.
     fn store_aside(&self, content: Vec<u8>) -> Result<ChunkId, RepositoryError> {
         let counters = Counters::default();
-        let id = self.runtime.block_on(self.pipeline.store(content, None, &counters))?;
+        let id = self.pipeline.store_now(content, &counters)?;
         // It is not content of the disk that was read, but it is sent.
         self.counters.stored_bytes.fetch_add(counters.stored_bytes.into_inner(), Ordering::Relaxed);
         Ok(id)
     }
 
     fn complete(&mut self) -> Result<SinkSummary, RepositoryError> {
-        if let Some((chunk, _)) = &self.open {
-            return Err(RepositoryError::Invalid(format!("chunk {chunk} was not completed")));
+        if let Some(OpenChunk { number, .. }) = &self.open {
+            return Err(RepositoryError::Invalid(format!("chunk {number} was not completed")));
         }
         self.close_leaf()?;
         self.skip_to(self.shape.ids(1))?;
@@ -448,6 +296,37 @@ impl VolumeWriter {
 fn set(ids: &Mutex<Vec<ChunkId>>, chunk: u64, id: ChunkId) {
     if let Ok(mut ids) = ids.lock() {
         ids[(chunk % FANOUT) as usize] = id;
+    }
+}
+
+/// Where the id of a chunk belongs.
+struct Place {
+    ids: Arc<Mutex<Vec<ChunkId>>>,
+    chunk: u64,
+    failure: Arc<Mutex<Option<RepositoryError>>>,
+    settled: bool,
+}
+
+impl Outcome for Place {
+    fn settle(&mut self, stored: Result<ChunkId, RepositoryError>) {
+        self.settled = true;
+        match stored {
+            Ok(id) => set(&self.ids, self.chunk, id),
+            Err(error) => {
+                if let Ok(mut failure) = self.failure.lock() {
+                    failure.get_or_insert(error);
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Place {
+    /// Nobody may take a chunk that got lost for zeroes.
+    fn drop(&mut self) {
+        if !self.settled {
+            self.settle(Err(RepositoryError::WorkerDied));
+        }
     }
 }
 

@@ -89,8 +89,11 @@ pub async fn backup(
     let started = Timestamp::now();
     let running = check_state(&connection.qmp).await?;
     let vm = request.vm.clone().or_else(|| connection.name.clone()).ok_or(RunError::NoName)?;
+    // While the mover unlocks its target's key, which takes a tenth of a second as well.
+    let probed = Capabilities::probe(&connection.qmp).await;
+    let capabilities = probed.map_err(SessionError::qmp("probing QEMU"))?;
     let opened = mover.hello(&vm, &mut stop).await?;
-    let mut plan = plan(request, &connection, opened, vm, started).await?;
+    let mut plan = plan(request, &connection, capabilities, opened, vm, started).await?;
     let volumes = planned_volumes(&plan)?;
     let (target, object) = mover.begin(plan.id.clone(), volumes.clone()).await?;
     (plan.begin.target, plan.begin.object) = (target, object);
@@ -119,12 +122,12 @@ async fn check_state(qmp: &Qmp) -> Result<bool, RunError> {
 async fn plan(
     request: &BackupRequest,
     connection: &VmConnection,
+    capabilities: Capabilities,
     opened: Opened,
     vm: String,
     started: Timestamp,
 ) -> Result<Plan, RunError> {
     let qmp = &connection.qmp;
-    let capabilities = Capabilities::probe(qmp).await.map_err(SessionError::qmp("probing QEMU"))?;
     let engine = fleecing::choose(request.engine, &capabilities)?;
     let vm_uuid = request.vm_uuid.clone().or_else(|| connection.uuid.clone());
     let sequence = opened.parent.as_ref().map_or(1, |parent| parent.sequence + 1);

@@ -289,7 +289,7 @@ async fn a_disk_that_hardly_changed_is_known_by_few_looks() {
     let summary = pull_from(stream, true, Box::new(FnSink(|| Ok(())))).await.unwrap();
     assert_eq!((summary.dirty_bytes, summary.read_bytes), (GRANULE, GRANULE));
     let looks = looks.load(Ordering::Relaxed);
-    assert!(looks < 2 * (1024 + 100), "{looks} looks");
+    assert!(looks < 2 * (256 + 100), "{looks} looks");
 }
 
 #[tokio::test]

@@ -14,17 +14,21 @@ fn running(operator: &Operator) -> Launcher {
     launcher
 }
 
-fn is_reading(backup: &Value) -> bool {
-    backup["status"]["run"]["state"] == "Reading"
+/// A backup whose session stays open: the bucket takes no chunks until the proxy's faults are cleared.
+fn stalled(operator: &Operator, name: &str) -> Value {
+    operator.proxy.inject(Fault::new(Effect::Stall(Stage::Before)).method("PUT").target("/chunks/"));
+    operator.back_up("prod", name, "web", &json!({}));
+    operator.until("prod", name, BACKUP_LIMIT, "reading", |it| it["status"]["run"]["state"] == "Reading")
 }
 
 #[test]
 fn an_agent_that_is_killed_is_followed_by_one_that_cleans_up() {
     let mut operator = Operator::start(&["node-a"]);
     let launcher = running(&operator);
-    operator.back_up("prod", "first", "web", &json!({}));
-    operator.until("prod", "first", BACKUP_LIMIT, "claimed", |it| it["status"]["run"]["state"].is_string());
+    stalled(&operator, "first");
     operator.nodes[0].kill_agent();
+    assert!(!launcher.leftovers().is_empty(), "a session was open");
+    operator.proxy.clear();
     operator.nodes[0].start_agent();
     let backup = operator.complete("prod", "first");
     assert_eq!(launcher.leftovers(), Vec::<String>::new(), "{}", operator.logs());
@@ -38,11 +42,8 @@ fn an_agent_that_is_killed_is_followed_by_one_that_cleans_up() {
 fn a_cancelled_backup_leaves_nothing() {
     let operator = Operator::start(&["node-a"]);
     let launcher = running(&operator);
-    operator.nodes[0].kubelet().hold(true);
-    operator.back_up("prod", "first", "web", &json!({}));
-    operator.until("prod", "first", BACKUP_LIMIT, "preparing", |it| it["status"]["phase"] == "Preparing");
+    stalled(&operator, "first");
     operator.admin().patch(&["-n", "prod", "vfb", "first"], &json!({"spec": {"cancel": true}}));
-    operator.nodes[0].kubelet().hold(false);
     operator.wait("prod", "vfb/first", "Failed", BACKUP_LIMIT);
     let backup = operator.backup("prod", "first");
     assert_eq!(backup["status"]["reason"], "Cancelled", "{backup:#}");
@@ -53,14 +54,11 @@ fn a_cancelled_backup_leaves_nothing() {
 fn a_migration_ends_the_session_within_a_second() {
     let operator = Operator::start(&["node-a"]);
     let launcher = running(&operator);
-    // A mover that stands still keeps the session open for as long as this takes.
-    operator.back_up("prod", "first", "web", &json!({}));
-    let backup = operator.until("prod", "first", BACKUP_LIMIT, "reading", is_reading);
+    let backup = stalled(&operator, "first");
     let mover = backup["status"]["assignment"]["mover"]["name"].as_str().expect("a mover").to_owned();
-    let pid = operator.nodes[0].kubelet().pid_of("prod", &mover);
-    let Some(pid) = pid.and_then(|pid| rustix::process::Pid::from_raw(pid.cast_signed())) else {
-        panic!("the backup was over too soon: {backup:#}");
-    };
+    // Nor does the mover help: it stands still.
+    let pid = operator.nodes[0].kubelet().pid_of("prod", &mover).expect("a mover that runs");
+    let pid = rustix::process::Pid::from_raw(pid.cast_signed()).expect("a pid");
     rustix::process::kill_process(pid, rustix::process::Signal::STOP).expect("stopping the mover");
     assert!(!launcher.leftovers().is_empty(), "a session is open");
     operator.admin().apply(
@@ -79,6 +77,7 @@ fn a_migration_ends_the_session_within_a_second() {
         it["status"]["phase"] == "Pending" && it["status"]["run"]["state"] == "Aborted"
     });
     assert_eq!(aborted["status"]["run"]["reason"], "Migrating", "{aborted:#}");
+    operator.proxy.clear();
     operator.admin().run(["-n", "prod", "delete", "vmim", "move"]);
     let backup = operator.complete("prod", "first");
     assert_eq!(backup["status"]["attempts"], 2, "{backup:#}");

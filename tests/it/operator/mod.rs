@@ -5,7 +5,7 @@ mod backups;
 mod faults;
 
 use crate::{
-    bed::{cli::Cli, oracle::Stream, process, s3},
+    bed::{cli::Cli, oracle::Stream, process, s3, s3_proxy::S3Proxy},
     cluster::{Cluster, Kubectl},
     node::{Node, VmDisk},
 };
@@ -37,6 +37,8 @@ pub(super) struct Operator {
     controllers: Vec<Child>,
     pub(super) nodes: Vec<Node>,
     pub(super) cluster: Cluster,
+    /// What the operator speaks to instead of the server.
+    pub(super) proxy: S3Proxy,
     pub(super) s3: s3::S3Server,
     directory: TempDir,
 }
@@ -52,6 +54,7 @@ impl Operator {
         let directory = tempfile::tempdir().expect("a directory");
         let s3 = s3::S3Server::start(directory.path());
         s3.create_bucket(BUCKET);
+        let proxy = S3Proxy::start(s3.address());
         let cluster = Cluster::start();
         cluster.install_kubevirt();
         let definitions = Path::new(env!("CARGO_MANIFEST_DIR")).join("crds");
@@ -59,7 +62,7 @@ impl Operator {
         admin.run(["apply", "--server-side", "-f", definitions.to_str().expect("a path")]);
         admin.run(["wait", "--for=condition=Established", "--timeout=30s", "crd", "--all"]);
         cluster.create_namespace(OPERATOR);
-        let mut operator = Self { controllers: Vec::new(), nodes: Vec::new(), cluster, s3, directory };
+        let mut operator = Self { controllers: Vec::new(), nodes: Vec::new(), cluster, proxy, s3, directory };
         for (number, name) in nodes.iter().enumerate() {
             let kubeconfig = operator.cluster.kubeconfig();
             let mut node = Node::start(&operator.cluster, name, &kubeconfig, number == 0);
@@ -142,7 +145,7 @@ impl Operator {
             "metadata": {"name": name, "namespace": namespace},
             "spec": {
                 "s3": {
-                    "bucket": BUCKET, "prefix": format!("{namespace}/{name}"), "endpoint": self.s3.endpoint(),
+                    "bucket": BUCKET, "prefix": format!("{namespace}/{name}"), "endpoint": self.proxy.endpoint(),
                     "region": s3::REGION, "credentialsSecretRef": {"name": "backup"},
                 },
                 "passphraseSecretRef": {"name": "backup"},
@@ -225,10 +228,8 @@ impl Operator {
     pub(super) fn restored(&self, namespace: &str, vm: &str, id: &str) -> Vec<Vec<u8>> {
         let to = tempfile::tempdir().expect("a directory");
         let vm = format!("{namespace}/{vm}");
-        self.cli(namespace, "main", &["restore", "--vm", &vm, "--backup", id, "--output"])
-            .arg(to.path())
-            .run()
-            .success();
+        let restore = self.cli(namespace, "main", &["restore", "--vm", &vm, "--backup", id]);
+        restore.arg("--output").arg(to.path()).run().success();
         DISKS.iter().map(|disk| fs::read(to.path().join(format!("{}.raw", disk.name))).expect("restored")).collect()
     }
 }
