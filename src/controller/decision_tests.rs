@@ -208,7 +208,8 @@ fn between_attempts() {
     check(vec![
         ("the old mover has to go", over(mover(MoverState::Running), 59), "delete"),
         ("even one that ended", over(mover(MoverState::Ended(None)), 99), "delete"),
-        ("it goes", over(deleting(MoverState::Running), 99), "wait Pending OldMoverTerminating"),
+        ("it goes", over(deleting(MoverState::Running), 59), "wait Pending Migrating"),
+        ("it does not go", over(deleting(MoverState::Running), 99), "wait Pending OldMoverTerminating"),
         ("it had committed", over(deleting(committed()), 99), "complete"),
         ("the pause", over(None, 59), "wait Pending Migrating"),
         ("after the pause", over(None, 60), "start node-a"),
