@@ -25,5 +25,7 @@ check: ## Formatting and lints, as CI checks them
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
 
-generate: ## Writes the generated files: custom resource definitions
+generate: ## Writes the generated files: definitions, their reference, what the chart has of them, deploy/
 	cargo run --locked --quiet -- crds --directory crds
+	cargo run --locked --quiet -- crds --reference >docs/reference.md
+	charts/render

@@ -49,6 +49,7 @@ fuzz_target!(|input: &[u8]| {
         always: None,
         bandwidth: None,
         credit: None,
+        discard: true,
     };
     let reached = Arc::new(AtomicU64::new(0));
     let sink = Box::new(Checker { full, reached: Arc::clone(&reached) });

@@ -4,6 +4,7 @@ use super::{
     AgentConfig, Order, decide,
     kubelet::{self},
     leftovers::clean_up_all,
+    metrics::AgentMetrics,
     publish::{Subject, apply, publish},
     report::{self, Ending},
     work::{Work, carry_out},
@@ -11,6 +12,7 @@ use super::{
 use crate::{
     api::{AgentClaim, Assignment, RunState, VirtualMachineBackup},
     fleecing::{FleeceDirectory, SessionError},
+    operator::{Health, Metrics},
     run::{RunStatus, Stop},
 };
 use futures::StreamExt;
@@ -25,6 +27,8 @@ use tokio::sync::{mpsc, watch};
 
 /// Between two attempts to clean up behind an earlier process.
 const CLEAN_UP_EVERY: Duration = Duration::from_secs(5);
+/// Between two signs of life of the loop.
+const BEAT: Duration = Duration::from_secs(5);
 /// How long runs may take to undo what they did when the agent is told to end. Kubernetes kills it later
 /// (`terminationGracePeriodSeconds`).
 const END_LIMIT: Duration = Duration::from_secs(25);
@@ -59,6 +63,9 @@ pub struct Agent {
     /// Backups that this node has to do with, by UID.
     seen: HashMap<String, VirtualMachineBackup>,
     ended: mpsc::UnboundedSender<String>,
+    metrics: AgentMetrics,
+    health: Arc<Health>,
+    fleeces: FleeceDirectory,
 }
 
 impl std::fmt::Debug for Agent {
@@ -76,7 +83,12 @@ struct Going {
 
 impl Agent {
     /// Checks the node's directories.
-    pub fn new(config: AgentConfig, client: Client) -> Result<(Self, mpsc::UnboundedReceiver<String>), AgentError> {
+    pub fn new(
+        config: AgentConfig,
+        client: Client,
+        metrics: &Metrics,
+        health: Arc<Health>,
+    ) -> Result<(Self, mpsc::UnboundedReceiver<String>), AgentError> {
         let path = config.kubelet_directory.clone();
         kubelet::check(&path).map_err(|source| AgentError::Kubelet { path, source })?;
         let fleeces = FleeceDirectory::open(&config.fleece_directory)?;
@@ -92,6 +104,9 @@ impl Agent {
             runs: HashMap::new(),
             seen: HashMap::new(),
             ended,
+            metrics: AgentMetrics::new(metrics),
+            health,
+            fleeces,
         };
         Ok((agent, endings))
     }
@@ -101,6 +116,7 @@ impl Agent {
         let mut shutdown = std::pin::pin!(shutdown);
         // VMs first: they need no API server.
         while !clean_up_all(&self.config).await {
+            self.beat();
             tokio::select! {
                 () = tokio::time::sleep(CLEAN_UP_EVERY) => {}
                 () = &mut shutdown => return,
@@ -110,8 +126,11 @@ impl Agent {
         let selected = watcher::Config::default().fields(&format!("status.activeNode={}", self.config.node_name));
         let mut events = std::pin::pin!(watcher(api, selected).default_backoff());
         tracing::info!(node = self.config.node_name, instance = self.instance, "the agent is at work");
+        self.health.set_unready(None);
+        let mut beats = tokio::time::interval(BEAT);
         loop {
             tokio::select! {
+                _ = beats.tick() => self.beat(),
                 Some(event) = events.next() => match event {
                     Ok(event) => self.take(event).await,
                     Err(error) => tracing::warn!(%error, "backups cannot be watched; runs go on meanwhile"),
@@ -121,6 +140,14 @@ impl Agent {
             }
         }
         self.give_up(&mut endings).await;
+    }
+
+    fn beat(&self) {
+        self.health.beat();
+        self.metrics.sessions.set(i64::try_from(self.runs.len()).unwrap_or(i64::MAX));
+        if let Ok(available) = self.fleeces.available() {
+            self.metrics.fleece_available.set(i64::try_from(available).unwrap_or(i64::MAX));
+        }
     }
 
     async fn take(&mut self, event: watcher::Event<VirtualMachineBackup>) {
@@ -214,7 +241,7 @@ impl Agent {
         let (stop, stops) = watch::channel(None);
         self.runs.insert(subject.uid.clone(), Going { attempt: subject.attempt, stop });
         let (config, client, ended) = (Arc::clone(&self.config), self.client.clone(), self.ended.clone());
-        let fleece_limit = self.fleece_limit();
+        let (fleece_limit, metrics) = (self.fleece_limit(), self.metrics.clone());
         tokio::spawn(async move {
             let span = tracing::info_span!(
                 "run",
@@ -224,7 +251,7 @@ impl Agent {
             );
             let uid = subject.uid.clone();
             let work = Work { backup, assignment, fleece_limit };
-            tracing::Instrument::instrument(one_run(config, client, api, subject, work, stops), span).await;
+            tracing::Instrument::instrument(one_run(config, client, api, subject, work, stops, metrics), span).await;
             let _ = ended.send(uid);
         });
     }
@@ -267,11 +294,14 @@ async fn one_run(
     subject: Subject,
     work: Work,
     stops: watch::Receiver<Option<Stop>>,
+    metrics: AgentMetrics,
 ) {
+    let begun = tokio::time::Instant::now();
     let (status, shown) = watch::channel(RunStatus::default());
     let (ending, ended) = watch::channel(None);
     let telling = tokio::spawn(tracing::Instrument::in_current_span(publish(api, subject, shown, ended)));
     let how = carry_out(&config, &client, &work, &status, stops).await;
+    metrics.ended(&how, &status.borrow(), begun.elapsed());
     ending.send_replace(Some(how));
     // The room is free for the next run although the API server may be away for long.
     drop(telling);

@@ -1,6 +1,6 @@
 //! What an agent is told at its start.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::path::PathBuf;
 
 /// Configuration of an agent.
 #[derive(Debug, Clone)]
@@ -22,6 +22,4 @@ pub struct AgentConfig {
     /// Whether sockets of pods have to be served by processes in the pod's control group. Only a stand-in for a kubelet,
     /// which makes none, may say no.
     pub check_cgroups: bool,
-    /// Where metrics and health are served.
-    pub listen: SocketAddr,
 }

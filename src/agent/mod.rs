@@ -8,6 +8,7 @@ mod agent;
 mod config;
 mod kubelet;
 mod leftovers;
+mod metrics;
 mod orders;
 mod police;
 mod publish;

@@ -56,7 +56,8 @@ pub struct BackupRepositorySpec {
     pub compression_level: i32,
     /// Backups that may run at the same time; more wait.
     #[serde(default = "default_parallel")]
-    #[schemars(range(min = 1, max = 1000))]
+    // The API server knows no unsigned formats, and warns of each.
+    #[schemars(with = "i32", range(min = 1, max = 1000))]
     pub max_concurrent_backups: u32,
     /// How often the repository is asked whether it answers, and for its size, such as "1h".
     #[serde(default = "default_interval")]

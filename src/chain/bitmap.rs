@@ -1,10 +1,14 @@
 //! Names of our dirty bitmaps, and what to do with those that an earlier run left.
 
+use crate::extent::ByteRange;
 use std::fmt;
 
 /// Bytes that one bit of our bitmaps covers. Equal to the smallest copy-before-write cluster, which makes the
 /// broken-snapshot detector exact: both count in the same units.
 pub const GRANULARITY: u32 = 64 * 1024;
+
+/// What the names of end marks begin with. No line is called so: lines are hexadecimal.
+const END_MARK: &str = "vf-end-";
 
 /// The name of one of our bitmaps: `vf-<line>-<backup id>`.
 ///
@@ -30,6 +34,21 @@ impl BitmapName {
         (is_line && !backup.is_empty()).then(|| Self::new(line, backup))
     }
 
+    /// The bitmap beside this one that tells whether the disk was ever smaller: `vf-end-<line>-<backup id>`.
+    ///
+    /// When a disk is made smaller QEMU cuts its bitmaps off and clears what it cuts, so that a disk which is then grown
+    /// back has forgotten that its end became zeroes. This bitmap never records. Its one bit, the last, is set when it is
+    /// made: once cleared, it stays cleared. A disk that lost less than that last granule keeps the bit, so the granule
+    /// is read in any case.
+    pub fn end_mark(&self) -> String {
+        format!("{END_MARK}{}-{}", self.line, self.backup)
+    }
+
+    /// Reads the name of an end mark: whose it is. `None` if the bitmap is none of ours.
+    pub fn parse_end_mark(name: &str) -> Option<Self> {
+        Self::parse(&format!("vf-{}", name.strip_prefix(END_MARK)?))
+    }
+
     /// The chain's line.
     pub fn line(&self) -> &str {
         &self.line
@@ -47,12 +66,20 @@ impl fmt::Display for BitmapName {
     }
 }
 
+/// The bytes that the last bit of a bitmap stands for, on a disk of `size` bytes; `None`: the disk is empty.
+pub fn last_granule(size: u64) -> Option<ByteRange> {
+    let granule = u64::from(GRANULARITY);
+    ByteRange::new(size.saturating_sub(1) / granule * granule, size)
+}
+
 /// A dirty bitmap as QEMU reports it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[allow(clippy::struct_excessive_bools, reason = "these are QEMU's four flags of BlockDirtyInfo")]
 pub struct ObservedBitmap {
     /// Name, `None` for anonymous bitmaps of block jobs.
     pub name: Option<String>,
+    /// Dirty bytes.
+    pub count: u64,
     /// Bytes a bit covers.
     pub granularity: u32,
     /// Records guest writes.
@@ -88,7 +115,7 @@ pub enum BitmapAction {
 ///
 /// `observed` are all bitmaps of the node; those of other lines and of other tools are never touched. A bitmap of a
 /// run that did not complete is merged into the head's bitmap if that exists; without it, it is only removed, and the
-/// next backup of this volume is a full one.
+/// next backup of this volume is a full one. Of the end marks that of the head remains.
 pub fn settle(line: &str, head: Option<&str>, observed: &[ObservedBitmap]) -> Vec<BitmapAction> {
     let ours = || {
         observed.iter().filter_map(|bitmap| {
@@ -96,6 +123,12 @@ pub fn settle(line: &str, head: Option<&str>, observed: &[ObservedBitmap]) -> Ve
             (name.line() == line).then_some((name, bitmap))
         })
     };
+    let marks = observed.iter().filter_map(|bitmap| {
+        let name = bitmap.name.as_deref()?;
+        let of = BitmapName::parse_end_mark(name)?;
+        let stale = of.line() == line && (Some(of.backup()) != head || bitmap.inconsistent);
+        stale.then(|| BitmapAction::Remove { name: name.to_owned() })
+    });
     let head_bitmap = ours().find(|(name, bitmap)| Some(name.backup()) == head && !bitmap.inconsistent);
     ours()
         .filter(|(name, bitmap)| Some(name.backup()) != head || bitmap.inconsistent)
@@ -108,6 +141,7 @@ pub fn settle(line: &str, head: Option<&str>, observed: &[ObservedBitmap]) -> Ve
             }
             _ => BitmapAction::Remove { name: name.to_string() },
         })
+        .chain(marks)
         .collect()
 }
 
@@ -120,6 +154,7 @@ mod tests {
     fn bitmap(backup: &str, recording: bool) -> ObservedBitmap {
         ObservedBitmap {
             name: Some(BitmapName::new(LINE, backup).to_string()),
+            count: 0,
             granularity: GRANULARITY,
             recording,
             busy: false,
@@ -163,6 +198,39 @@ mod tests {
         let actions = settle(LINE, Some("1"), &[head, bitmap("2", true)]);
         let name = |backup| BitmapName::new(LINE, backup).to_string();
         assert_eq!(actions, [BitmapAction::Remove { name: name("1") }, BitmapAction::Remove { name: name("2") }]);
+    }
+
+    #[test]
+    fn the_end_mark_of_the_head_stays_and_others_go() {
+        let mark = |line: &str, backup| ObservedBitmap {
+            name: Some(BitmapName::new(line, backup).end_mark()),
+            ..bitmap(backup, false)
+        };
+        let observed = [mark(LINE, "1"), bitmap("1", false), bitmap("2", true), mark(LINE, "2"), mark("ffffffff", "2")];
+        let name = |backup| BitmapName::new(LINE, backup);
+        let removed = BitmapAction::Remove { name: name("2").end_mark() };
+        let rolled_back = BitmapAction::RollBack { from: name("2").to_string(), into: name("1").to_string() };
+        assert_eq!(settle(LINE, Some("1"), &observed), [rolled_back, removed]);
+        let worthless = ObservedBitmap { inconsistent: true, ..mark(LINE, "1") };
+        let removed = BitmapAction::Remove { name: name("1").end_mark() };
+        assert_eq!(settle(LINE, Some("1"), &[bitmap("1", true), worthless]), [removed]);
+    }
+
+    #[test]
+    fn an_end_mark_is_no_bitmap_that_records_and_reads_back() {
+        let name = BitmapName::new(LINE, "20261125T010203Z-00ff00ff");
+        assert_eq!(BitmapName::parse_end_mark(&name.end_mark()), Some(name.clone()));
+        assert_eq!(BitmapName::parse(&name.end_mark()), None);
+        assert_eq!(BitmapName::parse_end_mark(&name.to_string()), None);
+    }
+
+    #[test]
+    fn the_last_granule_ends_with_the_disk() {
+        let granule = u64::from(GRANULARITY);
+        for (size, start) in [(granule, 0), (granule + 512, granule), (3 * granule, 2 * granule), (512, 0)] {
+            assert_eq!(last_granule(size), ByteRange::new(start, size));
+        }
+        assert_eq!(last_granule(0), None);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Full or incremental, per volume.
 
-use super::bitmap::{BitmapName, GRANULARITY, ObservedBitmap};
+use super::bitmap::{BitmapName, GRANULARITY, ObservedBitmap, last_granule};
 use crate::extent::ByteRange;
 use serde::{Deserialize, Serialize};
 
@@ -49,8 +49,8 @@ pub enum FullReason {
     /// The image that an incremental one would stand on is missing or damaged.
     #[error("the newest backup of this volume is missing or damaged")]
     ParentUnusable,
-    /// The disk is smaller than it was.
-    #[error("the disk is smaller than in the newest backup")]
+    /// The disk is smaller than it was, or was so for some time.
+    #[error("the disk was made smaller since the newest backup")]
     Shrunk,
     /// Nothing records the changes of a VM that does not run.
     #[error("the VM is stopped, so there is no dirty bitmap")]
@@ -89,8 +89,9 @@ pub enum VolumePlan {
         parent: String,
         /// The bitmap that recorded since then.
         bitmap: BitmapName,
-        /// What the disk grew by: read in any case, since a block device may hold anything there.
-        grown: Option<ByteRange>,
+        /// From the last granule of the disk as it was to its end, read in any case: a block device may hold anything
+        /// in what it grew by, and what was cut off and grown back within that granule is in no bitmap.
+        tail: Option<ByteRange>,
     },
 }
 
@@ -115,11 +116,11 @@ pub fn plan_volume(
         return full(FullReason::ParentUnusable);
     }
     let name = BitmapName::new(line, &parent.backup);
-    let wire_name = name.to_string();
-    let Some(bitmap) = observed.iter().find(|b| b.name.as_deref() == Some(&wire_name)) else {
+    let find = |name: String| observed.iter().find(|b| b.name.as_deref() == Some(&name));
+    let (Some(bitmap), Some(mark)) = (find(name.to_string()), find(name.end_mark())) else {
         return full(FullReason::BitmapMissing);
     };
-    if bitmap.inconsistent {
+    if bitmap.inconsistent || mark.inconsistent {
         full(FullReason::BitmapInconsistent)
     } else if bitmap.busy {
         full(FullReason::BitmapBusy)
@@ -127,13 +128,12 @@ pub fn plan_volume(
         full(FullReason::BitmapDisabled)
     } else if bitmap.granularity != GRANULARITY {
         full(FullReason::BitmapGranularity)
-    } else if virtual_size < parent.virtual_size {
+    } else if virtual_size < parent.virtual_size || mark.count == 0 || mark.recording {
         full(FullReason::Shrunk)
     } else {
-        // The cluster that held the old end is read as well: its rest was not part of the disk then.
-        let old_end = parent.virtual_size / u64::from(GRANULARITY) * u64::from(GRANULARITY);
-        let grown = if virtual_size > parent.virtual_size { ByteRange::new(old_end, virtual_size) } else { None };
-        VolumePlan::Incremental { parent: parent.backup.clone(), bitmap: name, grown }
+        let from = last_granule(parent.virtual_size).map_or(0, ByteRange::start);
+        let tail = ByteRange::new(from, virtual_size);
+        VolumePlan::Incremental { parent: parent.backup.clone(), bitmap: name, tail }
     }
 }
 
@@ -147,12 +147,18 @@ mod tests {
     fn good() -> ObservedBitmap {
         ObservedBitmap {
             name: Some(BitmapName::new(LINE, "1").to_string()),
+            count: 0,
             granularity: GRANULARITY,
             recording: true,
             busy: false,
             persistent: false,
             inconsistent: false,
         }
+    }
+
+    fn mark() -> ObservedBitmap {
+        let name = BitmapName::new(LINE, "1").end_mark();
+        ObservedBitmap { name: Some(name), count: u64::from(GRANULARITY), recording: false, ..good() }
     }
 
     fn parent() -> ParentVolume {
@@ -165,8 +171,9 @@ mod tests {
 
     #[test]
     fn a_recording_bitmap_of_the_newest_backup_allows_an_incremental() {
-        let expected = VolumePlan::Incremental { parent: "1".into(), bitmap: BitmapName::new(LINE, "1"), grown: None };
-        assert_eq!(plan(10 * MIB, &[good()]), expected);
+        let tail = ByteRange::new(10 * MIB - u64::from(GRANULARITY), 10 * MIB);
+        let expected = VolumePlan::Incremental { parent: "1".into(), bitmap: BitmapName::new(LINE, "1"), tail };
+        assert_eq!(plan(10 * MIB, &[good(), mark()]), expected);
     }
 
     #[test]
@@ -179,16 +186,33 @@ mod tests {
             (FullReason::BitmapMissing, ObservedBitmap { name: Some("other".into()), ..good() }),
         ];
         for (reason, bitmap) in cases {
-            assert_eq!(plan(10 * MIB, &[bitmap]), VolumePlan::Full { reason });
+            assert_eq!(plan(10 * MIB, &[bitmap, mark()]), VolumePlan::Full { reason });
         }
         assert_eq!(plan(10 * MIB, &[]), VolumePlan::Full { reason: FullReason::BitmapMissing });
     }
 
     #[test]
     fn a_grown_disk_reads_its_tail_and_a_shrunk_one_everything() {
-        let VolumePlan::Incremental { grown, .. } = plan(12 * MIB, &[good()]) else { panic!("not incremental") };
-        assert_eq!(grown, ByteRange::new(10 * MIB, 12 * MIB));
-        assert_eq!(plan(9 * MIB, &[good()]), VolumePlan::Full { reason: FullReason::Shrunk });
+        let observed = [good(), mark()];
+        let VolumePlan::Incremental { tail, .. } = plan(12 * MIB, &observed) else { panic!("not incremental") };
+        assert_eq!(tail, ByteRange::new(10 * MIB - u64::from(GRANULARITY), 12 * MIB));
+        assert_eq!(plan(9 * MIB, &observed), VolumePlan::Full { reason: FullReason::Shrunk });
+    }
+
+    #[test]
+    fn a_disk_without_a_whole_end_mark_is_read_as_a_whole() {
+        let cases = [
+            (FullReason::Shrunk, vec![good(), ObservedBitmap { count: 0, ..mark() }]),
+            (FullReason::Shrunk, vec![good(), ObservedBitmap { recording: true, ..mark() }]),
+            (FullReason::BitmapInconsistent, vec![good(), ObservedBitmap { inconsistent: true, ..mark() }]),
+            (FullReason::BitmapMissing, vec![good()]),
+            (FullReason::BitmapMissing, vec![mark()]),
+        ];
+        for (reason, observed) in cases {
+            for size in [10 * MIB, 12 * MIB] {
+                assert_eq!(plan(size, &observed), VolumePlan::Full { reason }, "{observed:?}");
+            }
+        }
     }
 
     #[test]

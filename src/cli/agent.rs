@@ -1,9 +1,12 @@
 //! `virt-fleece agent`: options.
 
-use super::{CliError, size::parse_size};
+use super::{CliError, serving, size::parse_size};
 use crate::agent::{Agent, AgentConfig};
 use clap::Args;
-use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+
+/// Without a sign of life of the main loop for so long the kubelet starts the process anew.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 #[derive(Debug, Args)]
 #[command(
@@ -38,6 +41,8 @@ pub(super) struct AgentArgs {
     /// Believe whoever answers on a pod's socket, whatever control group it is in; only for tests without a kubelet
     #[arg(long, hide = true)]
     no_cgroup_check: bool,
+    #[command(flatten)]
+    pub(super) log: serving::LogArgs,
 }
 
 pub(super) async fn run(args: AgentArgs) -> Result<ExitCode, CliError> {
@@ -50,16 +55,10 @@ pub(super) async fn run(args: AgentArgs) -> Result<ExitCode, CliError> {
         qemu_uid: args.qemu_uid,
         selinux_label: args.selinux_label,
         check_cgroups: !args.no_cgroup_check,
-        listen: args.listen,
     };
-    let client = kube::Client::try_default()
-        .await
-        .map_err(|error| CliError::Usage(format!("no API server is known ($KUBECONFIG, or in a pod): {error}")))?;
-    let (agent, endings) = Agent::new(config, client)?;
-    agent
-        .run(endings, async {
-            super::backup_run::signal().await;
-        })
-        .await;
+    let client = serving::client().await?;
+    let served = serving::start("agent", args.listen, PATIENCE).await?;
+    let (agent, endings) = Agent::new(config, client, &served.metrics, served.health)?;
+    agent.run(endings, serving::shutdown()?).await;
     Ok(ExitCode::SUCCESS)
 }

@@ -10,6 +10,9 @@ pub(super) struct CrdsArgs {
     /// Write one file a definition into this directory instead of all to standard output
     #[arg(long, value_name = "DIR")]
     directory: Option<PathBuf>,
+    /// Print a description of all fields (Markdown) instead
+    #[arg(long, conflicts_with = "directory")]
+    reference: bool,
 }
 
 /// One definition, as it is committed under `crds/`.
@@ -20,6 +23,10 @@ fn text(definition: &impl serde::Serialize) -> Result<String, CliError> {
 }
 
 pub(super) fn run(args: &CrdsArgs) -> Result<ExitCode, CliError> {
+    if args.reference {
+        print!("{}", super::crds_reference::document());
+        return Ok(ExitCode::SUCCESS);
+    }
     for definition in api::definitions() {
         let name = format!("{}.yaml", definition.metadata.name.as_deref().unwrap_or_default());
         let text = text(&definition)?;

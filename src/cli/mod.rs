@@ -7,6 +7,7 @@ mod check;
 mod connection;
 mod controller;
 mod crds;
+mod crds_reference;
 mod error;
 mod forget;
 mod forget_plan;
@@ -149,6 +150,7 @@ impl Command {
     fn serving(&self) -> Option<&serving::LogArgs> {
         match self {
             Self::Controller(args) => Some(&args.log),
+            Self::Agent(args) => Some(&args.log),
             _ => None,
         }
     }

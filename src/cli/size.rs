@@ -1,6 +1,7 @@
 //! Sizes and rates as people write them.
 
-/// Reads bytes: `4096`, `10G`, `10GiB`, `1.5T` (powers of 1024), and `MB` and the like (powers of 1000).
+/// Reads bytes: `4096`, `10G`, `10GiB`, `1.5T` (powers of 1024), `10Gi` as Kubernetes writes them, and `MB` and the like
+/// (powers of 1000).
 pub(super) fn parse_size(text: &str) -> Result<u64, String> {
     let text = text.trim();
     let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
@@ -11,7 +12,7 @@ pub(super) fn parse_size(text: &str) -> Result<u64, String> {
         Some(prefix) if unit.ends_with("ib") => (prefix, 1024_f64),
         Some(prefix) if !prefix.is_empty() => (prefix, 1000.0),
         Some(prefix) => (prefix, 1024.0),
-        None => (unit.as_str(), 1024.0),
+        None => (unit.strip_suffix('i').unwrap_or(&unit), 1024.0),
     };
     let power = match prefix {
         "" => 0,
@@ -55,6 +56,7 @@ mod tests {
             ("4096", 4096),
             ("10G", 10 << 30),
             ("10GiB", 10 << 30),
+            ("10Gi", 10 << 30),
             ("1.5m", 3 << 19),
             ("5MB", 5_000_000),
             ("7b", 7),
@@ -62,7 +64,7 @@ mod tests {
         for (text, bytes) in cases {
             assert_eq!(parse_size(text), Ok(bytes), "{text}");
         }
-        for bad in ["", "x", "5Q", "-1", "1e99T"] {
+        for bad in ["", "x", "i", "5Q", "-1", "1e99T"] {
             assert!(parse_size(bad).is_err(), "{bad}");
         }
         assert_eq!(parse_rate("5MiB/s"), Ok(5 << 20));

@@ -201,6 +201,7 @@ fn volume(
 fn observed(bitmap: &command::BlockDirtyInfo) -> ObservedBitmap {
     ObservedBitmap {
         name: bitmap.name.clone(),
+        count: bitmap.count,
         granularity: bitmap.granularity,
         recording: bitmap.recording,
         busy: bitmap.busy,

@@ -44,6 +44,8 @@ pub struct EngineChoice {
     pub view: View,
     /// A fleece that fails breaks the snapshot (`on-cbw-error`), not the guest.
     pub guest_safe: bool,
+    /// What was read can be discarded from the snapshot.
+    pub discards: bool,
     /// For people.
     pub why: String,
 }
@@ -60,6 +62,7 @@ pub fn choose(requested: Option<Engine>, capabilities: &Capabilities) -> Result<
             engine: Engine::Filter,
             view: View::SnapshotAccess,
             guest_safe: true,
+            discards: capabilities.snapshot_discard,
             why: "blockdev-backup has no on-cbw-error here, and the filter drivers are allowed".into(),
         }),
     };
@@ -67,6 +70,7 @@ pub fn choose(requested: Option<Engine>, capabilities: &Capabilities) -> Result<
         engine: Engine::Job,
         view,
         guest_safe: capabilities.backup_on_cbw_error,
+        discards: view == View::SnapshotAccess && capabilities.snapshot_discard,
         why: if capabilities.backup_on_cbw_error {
             "blockdev-backup has on-cbw-error".into()
         } else {
@@ -94,6 +98,7 @@ mod tests {
         Capabilities {
             version: serde_json::from_str(r#"{"qemu":{"major":10,"minor":0,"micro":2},"package":""}"#).unwrap(),
             backup_on_cbw_error: on_cbw_error,
+            snapshot_discard: true,
             copy_before_write: refused.clone(),
             snapshot_access: refused,
         }
@@ -110,6 +115,7 @@ mod tests {
         for ((on_cbw_error, drivers), (engine, view, guest_safe)) in cases {
             let choice = choose(None, &capabilities(on_cbw_error, drivers)).unwrap();
             assert_eq!((choice.engine, choice.view, choice.guest_safe), (engine, view, guest_safe));
+            assert_eq!(choice.discards, view == View::SnapshotAccess, "a qcow2 fleece is never trimmed");
         }
     }
 

@@ -130,6 +130,12 @@ pub enum SessionError {
         /// What was seen.
         detail: String,
     },
+    /// The disk has another size than it was planned with, or was smaller for a moment and its bitmap forgot that part.
+    #[error("volume `{volume}` was resized while the backup was prepared; try again")]
+    Resized {
+        /// The volume.
+        volume: String,
+    },
     /// A job of ours ended behind our back.
     #[error("job {job} of volume `{volume}` ended early: {detail}")]
     JobLost {
@@ -187,6 +193,7 @@ impl Reason for SessionError {
             Self::Quiesce { .. } => "QuiesceFailed",
             Self::FleeceFull { .. } | Self::FleeceSqueezed { .. } => "FleeceFull",
             Self::SnapshotBroken { .. } => "SnapshotBroken",
+            Self::Resized { .. } => "DiskResized",
             Self::JobLost { .. } => "JobLost",
             Self::Stuck { .. } => "QemuStuck",
             Self::LeftBehind { .. } => "LeftBehind",
@@ -200,7 +207,8 @@ impl Reason for SessionError {
             | Self::Quiesce { .. }
             | Self::FleeceFull { .. }
             | Self::FleeceSqueezed { .. }
-            | Self::SnapshotBroken { .. } => Retry::Backoff,
+            | Self::SnapshotBroken { .. }
+            | Self::Resized { .. } => Retry::Backoff,
             _ => Retry::Terminal,
         }
     }

@@ -25,6 +25,8 @@ pub enum Entry {
     PrepareTarget(u16),
     /// The NBD server, listening on a descriptor of ours.
     StartNbdServer,
+    /// The scratch node of this slot, and its export for a moment.
+    MarkEnd(u16),
     /// Freezing the guest's file systems.
     Freeze,
     /// The file systems were thawed.

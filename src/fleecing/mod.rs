@@ -4,6 +4,7 @@
 //! not broken, commit, take everything out of QEMU again. See `docs/architecture.md`.
 
 mod disk;
+mod end_mark;
 mod engine;
 mod error;
 pub mod guardian;

@@ -12,7 +12,7 @@ pub const FDSET_OPAQUE: &str = "virt-fleece";
 pub const LISTENER_FD: &str = "vf-nbd";
 /// First id of our descriptor sets (ASCII "vf"); QEMU itself counts from 0.
 const FDSET_BASE: i64 = 0x7666_0000;
-const KINDS: [&str; 6] = ["filter", "snapshot", "fleece", "fleece-file", "target", "target-file"];
+const KINDS: [&str; 7] = ["filter", "snapshot", "fleece", "fleece-file", "target", "target-file", "end"];
 
 /// A disk's place in a session, counted from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -49,7 +49,12 @@ impl Slot {
         format!("vf{}-target-file", self.0)
     }
 
-    /// NBD export of the snapshot: block export id and NBD name.
+    /// Scratch node of the disk's size, whose bitmap has its last bit set: see [`crate::chain::BitmapName::end_mark`].
+    pub fn end(self) -> String {
+        format!("vf{}-end", self.0)
+    }
+
+    /// NBD export of the snapshot, and before it of the scratch node: block export id and NBD name.
     pub fn export(self) -> String {
         format!("vf{}", self.0)
     }
@@ -139,9 +144,8 @@ mod tests {
     #[test]
     fn node_names_fit_qemus_31_bytes_and_read_back() {
         let slot = Slot(u16::MAX);
-        for name in
-            [slot.filter(), slot.snapshot(), slot.fleece(), slot.fleece_file(), slot.target(), slot.target_file()]
-        {
+        let under = [slot.target(), slot.target_file(), slot.end()];
+        for name in [slot.filter(), slot.snapshot(), slot.fleece(), slot.fleece_file()].into_iter().chain(under) {
             assert!(name.len() <= 31, "{name}");
             assert_eq!(node_slot(&name).map(|(slot, _)| slot), Some(slot));
         }

@@ -146,6 +146,17 @@ impl Session {
         self.budget
     }
 
+    /// Whether what was read is discarded from the snapshot: the guest's later writes there are not slowed by a copy any
+    /// more, and the fleece shrinks.
+    ///
+    /// A copy that is under way at that very moment may land in the fleece behind the discard, where the space reserved
+    /// for it is free for others by now. Where a full fleece hits the guest, reserved space is therefore kept.
+    pub fn discards(&self) -> bool {
+        let may = self.engine.guest_safe || self.budget != Budget::Reserved;
+        // For tests that compare.
+        self.engine.discards && may && std::env::var_os("VIRT_FLEECE_TEST_NO_DISCARD").is_none()
+    }
+
     async fn prepare_all(&mut self, disks: Vec<(Volume, VolumePlan)>) -> Result<(), SessionError> {
         self.note(&Entry::Begin(self.begin.clone()))?;
         for (index, (volume, plan)) in disks.into_iter().enumerate() {
@@ -167,7 +178,8 @@ impl Session {
             self.add_fleece(slot, &volume, &fleece).await?;
             self.disks.push(SessionDisk { slot, volume, plan, fleece });
         }
-        self.start_nbd_server().await
+        self.start_nbd_server().await?;
+        self.prepare_end_marks().await
     }
 
     async fn add_fleece(&self, slot: Slot, volume: &Volume, fleece: &FleeceFile) -> Result<(), SessionError> {
@@ -181,6 +193,7 @@ impl Session {
             locking: "off",
             // The fleece dies with the session: nothing of it has to reach the disk.
             cache: Some(CacheOptions { direct: false, no_flush: true }),
+            discard: self.engine.discards.then_some("unmap"),
         };
         if self.engine.view == View::SnapshotAccess {
             let add = BlockdevAdd { node_name: slot.fleece(), options: file };
@@ -293,7 +306,10 @@ impl Session {
         });
         let actions = jobs.chain(self.new_bitmaps()).chain(self.disable_previous()).collect();
         let begun = Instant::now();
-        self.qmp.execute(&Transaction { actions }).await.map_err(SessionError::qmp("making the point in time"))?;
+        let made = self.qmp.execute(&Transaction { actions }).await;
+        if let Err(error) = made.map_err(SessionError::qmp("making the point in time")) {
+            return Err(self.or_resized(error).await);
+        }
         Ok((Timestamp::now(), begun.elapsed()))
     }
 
@@ -301,7 +317,10 @@ impl Session {
     async fn cut_by_filters(&mut self, guardian: &mut Guardian) -> Result<(Timestamp, Duration), SessionError> {
         self.note(&Entry::Cut)?;
         let actions = self.new_bitmaps().collect();
-        self.qmp.execute(&Transaction { actions }).await.map_err(SessionError::qmp("starting the bitmaps"))?;
+        let started = self.qmp.execute(&Transaction { actions }).await;
+        if let Err(error) = started.map_err(SessionError::qmp("starting the bitmaps")) {
+            return Err(self.or_resized(error).await);
+        }
         let status = self.qmp.execute(&QueryStatus {}).await.map_err(SessionError::qmp("reading the VM's state"))?;
         for disk in &self.disks {
             let filter = NodeOptions::CopyBeforeWrite {
@@ -362,15 +381,20 @@ impl Session {
         Ok(())
     }
 
+    /// For each disk a bitmap that records, and its end mark.
     fn new_bitmaps(&self) -> impl Iterator<Item = TransactionAction> + '_ {
-        let name = self.new_bitmap();
-        self.disks.iter().map(move |disk| {
-            TransactionAction::BlockDirtyBitmapAdd(BitmapAdd {
-                node: disk.volume.format_node.clone(),
-                name: name.clone(),
-                granularity: GRANULARITY,
-                persistent: disk.volume.persistent_bitmaps,
-            })
+        let new = self.new_name();
+        self.disks.iter().flat_map(move |disk| {
+            let add = |name: String, disabled| {
+                TransactionAction::BlockDirtyBitmapAdd(BitmapAdd {
+                    node: disk.volume.format_node.clone(),
+                    name,
+                    granularity: GRANULARITY,
+                    persistent: disk.volume.persistent_bitmaps,
+                    disabled,
+                })
+            };
+            [add(new.to_string(), false), add(new.end_mark(), true), Self::set_end_mark(disk, new.end_mark())]
         })
     }
 
@@ -384,16 +408,22 @@ impl Session {
 
     /// Name of the bitmap that this session starts on every disk.
     pub fn new_bitmap(&self) -> String {
-        BitmapName::new(&self.begin.bitmap_line, &self.begin.backup).to_string()
+        self.new_name().to_string()
+    }
+
+    pub(super) fn new_name(&self) -> BitmapName {
+        BitmapName::new(&self.begin.bitmap_line, &self.begin.backup)
     }
 
     /// Makes the snapshots readable over NBD.
     pub async fn export(&mut self) -> Result<(), SessionError> {
+        self.check_end_marks().await?;
         for index in 0..self.disks.len() {
             let slot = self.disks[index].slot;
             if self.engine.view == View::SnapshotAccess {
                 self.note(&Entry::OpenSnapshot(slot.0))?;
-                let options = NodeOptions::SnapshotAccess { file: slot.filter() };
+                let options =
+                    NodeOptions::SnapshotAccess { file: slot.filter(), discard: self.discards().then_some("unmap") };
                 let add = BlockdevAdd { node_name: slot.snapshot(), options };
                 self.qmp.execute(&add).await.map_err(SessionError::qmp("opening the snapshot"))?;
             }
@@ -409,7 +439,8 @@ impl Session {
                 id: slot.export(),
                 node_name,
                 name: slot.export(),
-                writable: false,
+                // Writes through a snapshot fail; this allows discards, and nothing else.
+                writable: self.discards(),
                 bitmaps: bitmap
                     .map(|name| BitmapSource(BitmapRef { node: disk.volume.format_node.clone(), name }))
                     .into_iter()
@@ -489,6 +520,11 @@ impl Session {
                 }));
             }
             actions.push(TransactionAction::BlockDirtyBitmapRemove(new));
+            let mark = self.new_name().end_mark();
+            if exists(&mark) {
+                let mark = BitmapRef { node: disk.volume.format_node.clone(), name: mark };
+                actions.push(TransactionAction::BlockDirtyBitmapRemove(mark));
+            }
             self.qmp.execute(&Transaction { actions }).await.map_err(SessionError::qmp("rolling back the bitmaps"))?;
         }
         Ok(())

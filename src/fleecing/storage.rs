@@ -82,13 +82,14 @@ impl FleeceDirectory {
         let write = fs::open(&self.path, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR)
             .map_err(|error| failed(error.into()))?;
         if let Some((uid, label)) = &self.owner {
-            let (user, group) = (fs::Uid::from_raw(*uid), fs::Gid::from_raw(*uid));
-            fs::fchown(&write, Some(user), Some(group)).map_err(|error| failed(error.into()))?;
+            // The label first: it is the owner who may set it.
             // Mounted where SELinux is enabled (selinuxfs).
             if Path::new("/sys/fs/selinux/enforce").exists() {
                 fs::fsetxattr(&write, "security.selinux", label.as_bytes(), fs::XattrFlags::empty())
                     .map_err(|error| failed(error.into()))?;
             }
+            let (user, group) = (fs::Uid::from_raw(*uid), fs::Gid::from_raw(*uid));
+            fs::fchown(&write, Some(user), Some(group)).map_err(|error| failed(error.into()))?;
         }
         // QEMU looks in the descriptor set for one with the access mode it opens with: it wants both kinds. The file
         // has no name, so the second one comes by way of /proc; it is ours, no link can be in the way.

@@ -9,7 +9,7 @@ use super::{
     names::{self, JobKind, Slot},
 };
 use crate::{
-    chain::{BitmapAction, settle},
+    chain::{BitmapAction, BitmapName, settle},
     fleecing::Disks,
     qmp::{Qmp, QmpError, command::*},
 };
@@ -231,6 +231,9 @@ pub async fn settle_bitmaps(
     for volume in &disks.volumes {
         let on_node = |name: String| BitmapRef { node: volume.format_node.clone(), name };
         for action in settle(line, head(&volume.name).as_deref(), &volume.bitmaps) {
+            // An end mark goes with its bitmap and is not counted beside it.
+            let counts =
+                !matches!(&action, BitmapAction::Remove { name } if BitmapName::parse_end_mark(name).is_some());
             let actions = match action {
                 BitmapAction::RollBack { from, into } => vec![
                     TransactionAction::BlockDirtyBitmapEnable(on_node(into.clone())),
@@ -245,7 +248,7 @@ pub async fn settle_bitmaps(
             };
             let attempt = format!("putting the bitmaps of volume `{}` in order", volume.name);
             qmp.execute(&Transaction { actions }).await.map_err(SessionError::qmp(attempt))?;
-            done += 1;
+            done += usize::from(counts);
         }
     }
     Ok(done)

@@ -7,7 +7,7 @@ use super::{Disk, VirtualMachineInstanceSpec, Volume};
 pub struct ClaimedVolume {
     /// Its name in the VM's spec.
     pub name: String,
-    /// The PersistentVolumeClaim, in the VM's namespace.
+    /// The `PersistentVolumeClaim`, in the VM's namespace.
     pub claim: String,
 }
 

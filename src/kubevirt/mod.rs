@@ -107,7 +107,7 @@ pub struct MatcherReference {
     /// Name.
     #[serde(default)]
     pub name: String,
-    /// ControllerRevision that fixes what it was.
+    /// `ControllerRevision` that fixes what it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revision_name: Option<String>,
 }

@@ -55,6 +55,8 @@ pub struct ReadOrder {
     pub always: Option<(u64, u64)>,
     /// Most bytes that may be outstanding: what the send buffer of QEMU's end takes.
     pub credit: u64,
+    /// Discard what was read: see [`super::PullRequest`].
+    pub discard: bool,
 }
 
 /// A volume of a backup to be.

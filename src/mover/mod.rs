@@ -17,6 +17,7 @@ mod pull;
 mod serve;
 mod survey;
 mod target;
+mod trim;
 
 pub use bandwidth::Bandwidth;
 pub use channel::{Channel, ChannelError};

@@ -8,6 +8,7 @@ use super::{
     Bandwidth,
     asked::Asked,
     survey::{Look, Survey},
+    trim::Trims,
 };
 use crate::{
     extent::{ByteRange, Piece, Work},
@@ -49,6 +50,9 @@ pub struct PullRequest {
     /// Most bytes that may be outstanding: what the send buffer of the server's socket takes ([`nbd::credit_of_peer`]).
     /// `None`: what it takes in any case.
     pub credit: Option<u64>,
+    /// Discard what was read, or needs no reading, if the export allows it. It must be one whose state never changes
+    /// (`snapshot-access`), and is of no use afterwards.
+    pub discard: bool,
 }
 
 /// How far a pull is; read by whoever shows it.
@@ -118,6 +122,7 @@ pub async fn pull<S: AsyncRead + AsyncWrite + Unpin>(
         // A shorter one would pass for a whole disk.
         return Err(NbdError::Protocol(format!("an export of {} bytes for a disk of {size}", client.size())).into());
     }
+    let trims = Some(client.size()).filter(|_| request.discard && client.can_trim()).and_then(Trims::new);
     let (pieces, outcome) = start_sink(sink)?;
     let mut reader = Reader {
         size: client.size(),
@@ -128,6 +133,7 @@ pub async fn pull<S: AsyncRead + AsyncWrite + Unpin>(
         buffers: Arc::new(Semaphore::new(BUFFERS)),
         credit: request.credit.unwrap_or_else(nbd::credit),
         asked: VecDeque::new(),
+        trims,
         dirty_bytes: 0,
         read_bytes: 0,
     };
@@ -188,6 +194,7 @@ struct Reader<'a, S> {
     buffers: Arc<Semaphore>,
     credit: u64,
     asked: VecDeque<Asked>,
+    trims: Option<Trims>,
     dirty_bytes: u64,
     read_bytes: u64,
 }
@@ -196,14 +203,21 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<'_, S> {
     async fn run(&mut self) -> Result<(), PullError> {
         let (mut total, mut at, mut survey) = (0, 0, Survey::new());
         while at < self.size {
-            let (work, end) = survey.next(&mut self.client, self.request, at, Look::Once).await?;
+            let look = if self.trims.is_some() { Look::Surely } else { Look::Once };
+            let (work, end) = survey.next(&mut self.client, self.request, at, look).await?;
+            self.trims.iter_mut().for_each(|trims| trims.keep(&work));
             total += work.iter().filter(|(_, kind)| *kind == Work::Read).map(|(range, _)| range.len()).sum::<u64>();
             at = end;
         }
         self.progress.total.store(total, Ordering::Relaxed);
+        self.trim_early().await?;
         (at, survey) = (0, Survey::new());
         while at < self.size {
-            let (work, end) = survey.next(&mut self.client, self.request, at, Look::Surely).await?;
+            let (work, end) = match &self.trims {
+                // No state may be asked for where something was discarded.
+                Some(trims) => trims.work(at),
+                None => survey.next(&mut self.client, self.request, at, Look::Surely).await?,
+            };
             for (range, kind) in work {
                 self.dirty_bytes += range.len();
                 match kind {
@@ -219,6 +233,38 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<'_, S> {
             }
             self.drain().await?;
             at = end;
+            self.trim(at).await?;
+        }
+        Ok(())
+    }
+
+    /// Discards what will not be read. The guest may write there the whole time.
+    async fn trim_early(&mut self) -> Result<(), PullError> {
+        let mut at = 0;
+        while let Some(end) = self.trims.as_mut().and_then(|trims| trims.begin(at)) {
+            at = end;
+            self.send_trims().await?;
+            while self.trims.as_ref().is_some_and(Trims::is_full) {
+                self.receive().await?;
+                self.send_trims().await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Discards what lies before `end`: it was read and handed on, or needed no reading. Waits for no answer.
+    async fn trim(&mut self, end: u64) -> Result<(), PullError> {
+        if let Some(trims) = &mut self.trims {
+            trims.passed(end);
+        }
+        self.send_trims().await
+    }
+
+    async fn send_trims(&mut self) -> Result<(), PullError> {
+        let Some(trims) = &mut self.trims else { return Ok(()) };
+        while let Some(range) = trims.next() {
+            let length = u32::try_from(range.len()).unwrap_or(0);
+            trims.asked(self.client.ask_trim(range.start(), length).await?);
         }
         Ok(())
     }
@@ -251,14 +297,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<'_, S> {
         Ok(())
     }
 
-    /// Waits at the target's pace: only here, and only while nothing is outstanding.
+    /// Waits at the target's pace: only here, and only while no read is outstanding. Answers to discards may be: of those
+    /// the server's send buffer holds any that there can be.
     async fn wait_for_buffers(&self, number: u32) -> Result<OwnedSemaphorePermit, PullError> {
         Arc::clone(&self.buffers).acquire_many_owned(number).await.map_err(|_| PullError::SinkDied)
     }
 
     fn outstanding(&self) -> u64 {
         // Each reply has some dozens of bytes of headers.
-        self.asked.iter().filter(|asked| !asked.done).map(|asked| asked.range.len() - asked.received + 64).sum()
+        let reads = self.asked.iter().filter(|asked| !asked.done);
+        let reads: u64 = reads.map(|asked| asked.range.len() - asked.received + 64).sum();
+        reads + self.trims.as_ref().map_or(0, Trims::outstanding)
     }
 
     async fn drain(&mut self) -> Result<(), PullError> {
@@ -271,6 +320,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<'_, S> {
     /// Takes one chunk, and hands on what is complete, in order.
     async fn receive(&mut self) -> Result<(), PullError> {
         let chunk = self.client.receive(nbd::LONGEST_REQUEST).await?;
+        if self.trims.as_mut().is_some_and(|trims| trims.answered(&chunk)) {
+            return Ok(());
+        }
         let stray = || PullError::from(NbdError::Protocol("an answer that nobody asked for".into()));
         let asked =
             self.asked.iter_mut().find(|asked| asked.cookie == chunk.cookie && !asked.done).ok_or_else(stray)?;
@@ -297,8 +349,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<'_, S> {
             let Some(asked) = self.asked.pop_front() else { break };
             self.read_bytes += asked.range.len();
             self.progress.read.store(self.read_bytes, Ordering::Relaxed);
+            let end = asked.range.end();
             let (offset, (bytes, buffer)) = (asked.range.start(), asked.finish());
             self.deliver(Piece::Data { offset, bytes }, buffer)?;
+            self.trim(end).await?;
         }
         Ok(())
     }

@@ -284,6 +284,7 @@ impl Serving<'_> {
             unit: self.unit,
             bandwidth: self.bandwidth.clone(),
             credit: Some(order.credit),
+            discard: order.discard,
         };
         Ok(Box::pin(async move {
             let failed = |source: PullError| MoverError::Volume { volume: name.clone(), source };

@@ -66,7 +66,10 @@ pub struct NbdClient<S = UnixStream> {
     stream: BufReader<S>,
     size: u64,
     unfragmented: bool,
+    can_trim: bool,
     contexts: Vec<u32>,
+    /// Requests that are not answered yet and whose answer has no content.
+    plain: Vec<u64>,
     next_cookie: u64,
 }
 
@@ -75,13 +78,18 @@ impl<S: AsyncRead + AsyncWrite + Unpin> NbdClient<S> {
     pub async fn connect(stream: S, export: &str, contexts: &[String]) -> Result<Self, NbdError> {
         let mut stream = BufReader::with_capacity(16 << 10, stream);
         let settled = handshake::negotiate(&mut stream, export, contexts).await?;
-        let handshake::Settled { size, unfragmented, contexts } = settled;
-        Ok(Self { stream, size, unfragmented, contexts, next_cookie: 1 })
+        let handshake::Settled { size, unfragmented, trims: can_trim, contexts } = settled;
+        Ok(Self { stream, size, unfragmented, can_trim, contexts, plain: Vec::new(), next_cookie: 1 })
     }
 
     /// Bytes of the export.
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// Whether the export lets clients discard ranges.
+    pub fn can_trim(&self) -> bool {
+        self.can_trim
     }
 
     /// Asks for bytes; the cookie of the request. They come in one chunk where the server can be asked for that: it
@@ -99,6 +107,20 @@ impl<S: AsyncRead + AsyncWrite + Unpin> NbdClient<S> {
     /// Asks for the state of the bytes at the beginning of a range: one extent of each context.
     pub async fn ask_first_status(&mut self, offset: u64, length: u32) -> Result<u64, NbdError> {
         self.ask(CMD_BLOCK_STATUS, CMD_FLAG_REQ_ONE, offset, length).await
+    }
+
+    /// Asks to discard a range. What was discarded can neither be read any more, nor its state be asked for.
+    pub async fn ask_trim(&mut self, offset: u64, length: u32) -> Result<u64, NbdError> {
+        let cookie = self.ask(CMD_TRIM, 0, offset, length).await?;
+        self.plain.push(cookie);
+        Ok(cookie)
+    }
+
+    /// Asks to overwrite a range with zeroes.
+    pub async fn ask_zeroes(&mut self, offset: u64, length: u32) -> Result<u64, NbdError> {
+        let cookie = self.ask(CMD_WRITE_ZEROES, 0, offset, length).await?;
+        self.plain.push(cookie);
+        Ok(cookie)
     }
 
     /// Says good-bye.
@@ -123,6 +145,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> NbdClient<S> {
     /// The next chunk. `longest` bounds its data, in bytes: the longest request outstanding.
     pub async fn receive(&mut self, longest: u64) -> Result<Chunk, NbdError> {
         let magic = self.stream.read_u32().await?;
+        if magic == MAGIC_SIMPLE && !self.plain.is_empty() {
+            // QEMU's answer to what has no content, and to nothing else.
+            let errno = self.stream.read_u32().await?;
+            let cookie = self.stream.read_u64().await?;
+            let known = self.plain.iter().position(|plain| *plain == cookie);
+            let known = known.ok_or_else(|| NbdError::Protocol("a simple reply to a structured request".into()))?;
+            self.plain.swap_remove(known);
+            let content = if errno == 0 { Content::None } else { Content::Error { errno } };
+            return Ok(Chunk { cookie, done: true, content });
+        }
         if magic != MAGIC_STRUCTURED {
             return Err(NbdError::Protocol(format!("reply magic {magic:#x}")));
         }
@@ -168,7 +200,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> NbdClient<S> {
             }
             kind => return Err(NbdError::Protocol(format!("a chunk of type {kind}"))),
         };
-        Ok(Chunk { cookie, done: flags & CHUNK_DONE != 0, content })
+        let done = flags & CHUNK_DONE != 0;
+        self.plain.retain(|plain| *plain != cookie || !done);
+        Ok(Chunk { cookie, done, content })
     }
 
     async fn bytes(&mut self, length: usize) -> Result<Bytes, NbdError> {

@@ -11,6 +11,8 @@ pub(super) struct Settled {
     pub(super) size: u64,
     /// Reads may ask for an answer in one chunk.
     pub(super) unfragmented: bool,
+    /// Ranges can be discarded.
+    pub(super) trims: bool,
     /// Ids of the contexts, in the order in which they were asked for.
     pub(super) contexts: Vec<u32>,
 }
@@ -77,7 +79,8 @@ pub(super) async fn negotiate(
         return Err(NbdError::Protocol(format!("an export of {size} bytes")));
     }
     let unfragmented = flags & EXPORT_SEND_DF != 0;
-    Ok(Settled { size, unfragmented, contexts: ids.into_iter().flatten().collect() })
+    let trims = flags & EXPORT_SEND_TRIM != 0 && flags & EXPORT_READ_ONLY == 0;
+    Ok(Settled { size, unfragmented, trims, contexts: ids.into_iter().flatten().collect() })
 }
 
 /// An option may be answered by several replies, but not without end.

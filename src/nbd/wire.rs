@@ -38,6 +38,7 @@ pub(super) const INFO_BLOCK_SIZE: u16 = 3;
 
 pub(super) const EXPORT_HAS_FLAGS: u16 = 1;
 pub(super) const EXPORT_READ_ONLY: u16 = 1 << 1;
+pub(super) const EXPORT_SEND_TRIM: u16 = 1 << 5;
 pub(super) const EXPORT_SEND_DF: u16 = 1 << 7;
 pub(super) const EXPORT_MULTI_CONN: u16 = 1 << 8;
 pub(super) const EXPORT_SEND_CACHE: u16 = 1 << 10;

@@ -17,6 +17,9 @@ pub struct Capabilities {
     pub version: VersionInfo,
     /// `blockdev-backup` has `on-cbw-error` (10.1): a full fleece does not hurt the guest.
     pub backup_on_cbw_error: bool,
+    /// Ranges of a snapshot can be discarded (9.1). `discard-source` of `blockdev-backup` came with the very changes that
+    /// made such discards safe; before them an unaligned one, or one without a writer's permission, aborts QEMU.
+    pub snapshot_discard: bool,
     /// Why the driver `copy-before-write` cannot be used, `None` when it can.
     pub copy_before_write: Option<String>,
     /// Why the driver `snapshot-access` cannot be used, `None` when it can.
@@ -29,11 +32,12 @@ impl Capabilities {
         let version = qmp.execute(&QueryVersion {}).await?;
         let schema = Schema::new(qmp.execute(&QueryQmpSchema {}).await?);
         let backup_on_cbw_error = schema.command_has("blockdev-backup", "on-cbw-error");
+        let snapshot_discard = schema.command_has("blockdev-backup", "discard-source");
         remove_scratch(qmp).await?;
         let tried = try_drivers(qmp).await;
         remove_scratch(qmp).await?;
         let (copy_before_write, snapshot_access) = tried?;
-        Ok(Self { version, backup_on_cbw_error, copy_before_write, snapshot_access })
+        Ok(Self { version, backup_on_cbw_error, snapshot_discard, copy_before_write, snapshot_access })
     }
 }
 
@@ -52,10 +56,14 @@ async fn try_drivers(qmp: &Qmp) -> Result<(Option<String>, Option<String>), QmpE
     };
     if let Some(why) = refusal(add(qmp, filter, options).await)? {
         // The snapshot driver can still be tried: the allow-list is checked before its child is.
-        let why_not = refusal(add(qmp, snapshot, NodeOptions::SnapshotAccess { file: disk.into() }).await)?;
+        let why_not = refusal(add(qmp, snapshot, snapshot_of(disk)).await)?;
         return Ok((Some(why), why_not));
     }
-    Ok((None, refusal(add(qmp, snapshot, NodeOptions::SnapshotAccess { file: filter.into() }).await)?))
+    Ok((None, refusal(add(qmp, snapshot, snapshot_of(filter)).await)?))
+}
+
+fn snapshot_of(node: &str) -> NodeOptions {
+    NodeOptions::SnapshotAccess { file: node.into(), discard: None }
 }
 
 async fn add(qmp: &Qmp, name: &str, options: NodeOptions) -> Result<(), QmpError> {

@@ -115,10 +115,11 @@ async fn start(
         export: Some(disk.slot.export()),
         bitmap: disk.previous_bitmap(),
         always: match &disk.plan {
-            VolumePlan::Incremental { grown: Some(grown), .. } => Some((grown.start(), grown.end())),
+            VolumePlan::Incremental { tail: Some(tail), .. } => Some((tail.start(), tail.end())),
             _ => None,
         },
         credit,
+        discard: session.discards(),
     };
     mover.read(order, Some(stream.as_fd())).await?;
     Ok(kept)

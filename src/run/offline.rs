@@ -109,7 +109,7 @@ pub async fn offline_backup(
 /// One volume after the other.
 async fn read_all(volumes: usize, mover: &mut Mover, status: &watch::Sender<RunStatus>) -> Result<(), RunError> {
     for index in 0..volumes {
-        let order = ReadOrder { volume: index, export: None, bitmap: None, always: None, credit: 0 };
+        let order = ReadOrder { volume: index, export: None, bitmap: None, always: None, credit: 0, discard: false };
         mover.read(order, None).await?;
         loop {
             match mover.receive().await? {

@@ -48,7 +48,7 @@ fn file_systems_are_frozen_at_the_point_in_time_alone() {
     assert_eq!(report["quiesce"]["state"], "frozen", "{report}");
     assert_eq!(report["quiesce"]["file_systems"], 1, "{report}");
     // A tool that is killed right behind the freeze: the guardian thaws, and the next backup freezes again.
-    for point in [8, 9, 10, 11, 12] {
+    for point in [10, 11, 12, 13, 14] {
         let outcome = backup("require").env("VIRT_FLEECE_TEST_KILL_AT", point.to_string()).run();
         assert!(!outcome.status.success(), "point {point} was not reached");
         let report = backup_when_agent_answers(|| backup("require"));

@@ -1,6 +1,7 @@
 //! Pulls: what reaches the sink is exact, or there is an error that says why; the target's pace never reaches the server.
 #![allow(clippy::unwrap_used, reason = "tests; the exemption for test functions leaves out what they call")]
 
+mod discard;
 mod map;
 mod sinks;
 
@@ -40,6 +41,7 @@ fn request(bitmap: bool) -> PullRequest {
         always: None,
         bandwidth: None,
         credit: None,
+        discard: false,
     }
 }
 

@@ -89,6 +89,7 @@ async fn of_pulls() {
             always: None,
             bandwidth: None,
             credit: None,
+            discard: false,
         };
         let stream = tokio::io::join(&seed[1..], tokio::io::sink());
         let result = pull(stream, &request, Box::new(NullSink), &PullProgress::default()).await;

@@ -23,6 +23,13 @@ pub struct BitmapAdd {
     pub granularity: u32,
     /// Keep it in the image (qcow2 version 3).
     pub persistent: bool,
+    /// Does not record.
+    pub disabled: bool,
+}
+
+impl crate::qmp::Command for BitmapAdd {
+    const NAME: &'static str = "block-dirty-bitmap-add";
+    type Reply = Empty;
 }
 
 /// Adds the bits of bitmaps to another one.

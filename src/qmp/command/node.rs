@@ -51,6 +51,9 @@ pub enum NodeOptions {
         /// Cache mode.
         #[serde(skip_serializing_if = "Option::is_none")]
         cache: Option<CacheOptions>,
+        /// `unmap`: discards free space. Left out, they are ignored.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        discard: Option<&'static str>,
     },
     /// A qcow2 image.
     #[serde(rename_all = "kebab-case")]
@@ -80,6 +83,9 @@ pub enum NodeOptions {
     SnapshotAccess {
         /// Node of the filter.
         file: String,
+        /// `unmap`: what is discarded is not kept any more, and cannot be read any more. Left out, discards are ignored.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        discard: Option<&'static str>,
     },
     /// Reads zeroes, forgets writes.
     NullCo {

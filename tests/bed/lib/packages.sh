@@ -2,7 +2,8 @@
 
 # libvirt's session daemon needs nothing of libvirt-daemon-system, which would start services and make users.
 QEMU_PACKAGES=(qemu-system-x86 qemu-utils seabios libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients)
-TOOL_PACKAGES=(nbdkit libnbd-bin busybox-static cpio kmod e2fsprogs xz-utils gcc libc6-dev)
+# Lua 5.1 is the one that Argo CD runs health scripts with.
+TOOL_PACKAGES=(nbdkit libnbd-bin busybox-static cpio kmod e2fsprogs xz-utils gcc libc6-dev lua5.1)
 
 packages_is_current() {
     dpkg-query -W -f '${db:Status-Status} ${Package} ${Version}\n' "${QEMU_PACKAGES[@]}" "${TOOL_PACKAGES[@]}" 2>/dev/null |

@@ -154,9 +154,15 @@ pub(crate) fn read_line(stream: &mut BufReader<UnixStream>, line: &mut Vec<u8>, 
     }
 }
 
-/// What a session has left behind in QEMU, bitmaps of these names aside; each as a sentence.
+/// The end mark beside a bitmap that records.
+pub(crate) fn end_mark(bitmap: &str) -> String {
+    bitmap.replacen("vf-", "vf-end-", 1)
+}
+
+/// What a session has left behind in QEMU, bitmaps of these names and their end marks aside; each as a sentence.
 pub(crate) fn leftovers(control: &mut Control, bitmaps: &[&str]) -> Vec<String> {
     let mut left = Vec::new();
+    let marks: Vec<_> = bitmaps.iter().map(|name| end_mark(name)).collect();
     for node in control.run("query-named-block-nodes", &json!({"flat": true})).as_array().into_iter().flatten() {
         let name = node["node-name"].as_str().unwrap_or_default();
         let driver = node["drv"].as_str().unwrap_or_default();
@@ -164,7 +170,9 @@ pub(crate) fn leftovers(control: &mut Control, bitmaps: &[&str]) -> Vec<String> 
             left.push(format!("node {name} ({driver})"));
         }
         for bitmap in node["dirty-bitmaps"].as_array().into_iter().flatten() {
-            let known = bitmap["name"].as_str().is_some_and(|name| bitmaps.contains(&name));
+            let known = bitmap["name"]
+                .as_str()
+                .is_some_and(|name| bitmaps.contains(&name) || marks.iter().any(|mark| mark == name));
             if !known {
                 left.push(format!("bitmap {bitmap} on {name}"));
             }

@@ -36,8 +36,9 @@ impl Cluster {
         // etcd keeps its data in memory where it can: what is lost with the machine is not in the tests.
         let memory = Path::new("/dev/shm");
         let parent = if memory.is_dir() { memory.to_owned() } else { env::temp_dir() };
-        let directory =
-            tempfile::Builder::new().prefix("virt-fleece-cluster-").tempdir_in(parent).expect("a directory");
+        remove_leftovers(&parent);
+        let prefix = format!("{PREFIX}{}-", std::process::id());
+        let directory = tempfile::Builder::new().prefix(&prefix).tempdir_in(parent).expect("a directory");
         script("prepare", directory.path(), &[]);
         let etcd = server::Process::start(directory.path(), Server::Etcd);
         let api_server = server::Process::start(directory.path(), Server::ApiServer);
@@ -159,6 +160,21 @@ impl Cluster {
     fn read(&self, name: &str) -> String {
         let path = self.directory.path().join(name);
         fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+    }
+}
+
+/// What the directories of clusters are called; the process id of their test follows.
+const PREFIX: &str = "virt-fleece-cluster-";
+
+/// Removes the directories of tests that were killed: their servers are gone, but not the memory that the files take.
+fn remove_leftovers(parent: &Path) {
+    for entry in fs::read_dir(parent).expect("a directory").flatten() {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.split('-').next()?.parse::<u32>().ok());
+        if pid.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
+            // Another test may be at it, too.
+            fs::remove_dir_all(entry.path()).ok();
+        }
     }
 }
 

@@ -110,8 +110,8 @@ fn starts_within_seconds_and_leaves_nothing() {
     let cluster = Cluster::start();
     let took = begin.elapsed();
     println!("started in {took:?}");
-    // Alone on two cores it takes about five seconds.
-    assert!(took < Duration::from_secs(60), "{took:?}");
+    // Some five seconds on two cores that have little else to do; four times that where ten processes want them.
+    assert!(took < Duration::from_secs(120), "{took:?}");
 
     let version: Value = serde_json::from_str(&cluster.admin().run(["version", "-o", "json"])).expect("JSON");
     println!("server {}", version["serverVersion"]["gitVersion"]);
@@ -192,7 +192,7 @@ fn objects_outlive_servers_that_are_killed() {
     assert_eq!(cluster.admin().get(&["-n", "shop", "vm", "a"])["metadata"]["uid"], uid);
 
     cluster.kill(Server::Etcd);
-    let attempt = cluster.admin().attempt(["-n", "shop", "create", "configmap", "early"]);
+    let attempt = cluster.admin().attempt(["-n", "shop", "create", "configmap", "early", "--request-timeout=3s"]);
     attempt.expect_err("the server has nowhere to keep it");
     cluster.restart(Server::Etcd);
     assert_eq!(cluster.admin().get(&["-n", "shop", "vm", "a"])["metadata"]["uid"], uid);

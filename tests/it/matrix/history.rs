@@ -1,8 +1,12 @@
 //! What happens to disks, bitmaps and the VM between two backups: every volume goes on incrementally or says why not.
 
-use super::{INCREMENTAL, after_restart, assert_is_now, assert_kinds, bitmaps, engines, machine, scene, write_all};
+use super::{
+    INCREMENTAL, after_restart, assert_is_now, assert_kinds, bitmaps, complete_backups, engines, machine, scene,
+    write_all,
+};
 use crate::{
     bed::{
+        agent::FakeAgent,
         control::Control,
         disk::{Bus, DiskSpec, Format},
         flavour::Flavour,
@@ -66,13 +70,18 @@ fn a_grown_disk_stays_incremental_and_a_shrunk_one_does_not() {
     }
 }
 
-/// Cut off and grown back between two backups: the size says nothing, and QEMU's bitmaps forget what was cut off, so that
-/// its zeros are in no incremental backup.
-#[test]
-#[ignore = "a known limit (docs/qcow2-chain.md): nothing in QEMU tells of it"]
-fn a_disk_that_was_shrunk_and_grown_back_is_right_all_the_same() {
+/// Both disks, one size after the other.
+fn resize_both(scene: &Scene, control: &mut Control, sizes: &[u64]) {
+    for size in sizes {
+        resize(scene, control, "root", *size);
+        resize(scene, control, "data", *size);
+    }
+}
+
+/// A raw and a qcow2 disk of 4 MiB, full of data, with a backup.
+fn full_disks_with_a_backup(flavour: Flavour) -> (Scene, Control) {
     let scene = scene(
-        machine(Flavour::Next)
+        machine(flavour)
             .disk(DiskSpec::new("root", 4 * MIB))
             .disk(DiskSpec::new("data", 4 * MIB).format(Format::Qcow2)),
     );
@@ -81,12 +90,95 @@ fn a_disk_that_was_shrunk_and_grown_back_is_right_all_the_same() {
         scene.vm.io(&mut control, volume, "write -P 7 0 4M");
     }
     scene.backup().run().success();
-    for size in [2 * MIB, 4 * MIB] {
-        resize(&scene, &mut control, "root", size);
-        resize(&scene, &mut control, "data", size);
-    }
+    (scene, control)
+}
+
+/// Resizes both disks and proves that the next backup is of this kind and right.
+fn step(scene: &Scene, control: &mut Control, sizes: &[u64], expected: &[(&str, &str)]) -> Value {
+    resize_both(scene, control, sizes);
     let report: Value = scene.backup().json();
-    assert_is_now(&scene, &mut control, &report);
+    assert_kinds(&report, expected);
+    assert_is_now(scene, control, &report);
+    report
+}
+
+/// Cut off and grown back between two backups: the size says nothing, and QEMU's bitmaps forget what was cut off, whose
+/// zeros would be in no incremental backup. The end mark tells.
+#[test]
+fn a_disk_that_was_shrunk_and_grown_back_is_right_all_the_same() {
+    const SHRUNK: [(&str, &str); 2] = [("root", "Shrunk"), ("data", "Shrunk")];
+    const BOTH: [(&str, &str); 2] = [("root", INCREMENTAL), ("data", INCREMENTAL)];
+    for flavour in Flavour::all() {
+        let (scene, mut control) = full_disks_with_a_backup(flavour);
+        step(&scene, &mut control, &[2 * MIB, 4 * MIB], &SHRUNK);
+        // Nothing was written since: what an incremental backup reads is the last granule.
+        let idle = step(&scene, &mut control, &[], &BOTH);
+        assert_eq!(idle["volumes"][0]["dirty_bytes"], 65_536, "{idle}");
+        step(&scene, &mut control, &[3 * MIB, 6 * MIB], &SHRUNK);
+        step(&scene, &mut control, &[8 * MIB, 9 * MIB + 512], &BOTH);
+        for volume in ["root", "data"] {
+            scene.vm.io(&mut control, volume, "write -P 8 9M 512");
+        }
+        step(&scene, &mut control, &[10 * MIB], &BOTH);
+        for volume in ["root", "data"] {
+            scene.vm.io(&mut control, volume, "write -P 9 0 10M");
+        }
+        scene.backup().run().success();
+        // Less than a granule leaves the mark, and is read in any case.
+        let last = step(&scene, &mut control, &[10 * MIB - 32 * 1024, 10 * MIB], &BOTH);
+        drop(control);
+        scene.assert_clean(Some(&bitmap(&last)));
+    }
+}
+
+/// A backup that dies at any point must not mend the mark of the one before.
+#[test]
+fn what_a_shrunk_disk_forgot_stays_forgotten_when_a_backup_is_killed() {
+    let (scene, mut control) = full_disks_with_a_backup(Flavour::Allowlist);
+    let mut killed = 0;
+    for point in (0..).step_by(2) {
+        for volume in ["root", "data"] {
+            scene.vm.io(&mut control, volume, &format!("write -P {} 0 4M", point % 250 + 1));
+        }
+        scene.backup().run().success();
+        resize_both(&scene, &mut control, &[2 * MIB, 4 * MIB]);
+        let before = complete_backups(scene.target.path());
+        if scene.backup().env("VIRT_FLEECE_TEST_KILL_AT", point.to_string()).run().status.success() {
+            break;
+        }
+        killed += 1;
+        // One that was killed behind its commit has read everything.
+        let was_complete = complete_backups(scene.target.path()) > before;
+        let expected = if was_complete { INCREMENTAL } else { "Shrunk" };
+        let report: Value = scene.backup().json();
+        assert_kinds(&report, &[("root", expected), ("data", expected)]);
+        assert_is_now(&scene, &mut control, &report);
+    }
+    assert!(killed > 8, "only {killed} points");
+}
+
+/// Between the plan and the point in time: the backup fails, and the next one reads everything. A fleece that is a qcow2
+/// over the disk forbids it from then on.
+#[test]
+fn a_disk_that_is_shrunk_and_grown_back_before_the_point_in_time_fails_the_backup() {
+    for flavour in [Flavour::Qemu10, Flavour::Next] {
+        let (scene, mut control) = full_disks_with_a_backup(flavour);
+        let agent = FakeAgent::start();
+        for sizes in [&[2 * MIB, 4 * MIB][..], &[5 * MIB]] {
+            let backup = scene.backup().arg("--quiesce").arg("require").arg("--guest-agent").arg(agent.socket());
+            let running = backup.spawn();
+            agent.wait_freeze();
+            resize_both(&scene, &mut control, sizes);
+            agent.answer();
+            assert_eq!(reason(&running.finish().failure()), "DiskResized", "{flavour:?}");
+            assert!(agent.is_thawed());
+        }
+        let report: Value = scene.backup().json();
+        assert_kinds(&report, &[("root", "Shrunk"), ("data", "Shrunk")]);
+        assert_is_now(&scene, &mut control, &report);
+        drop(control);
+        scene.assert_clean(Some(&bitmap(&report)));
+    }
 }
 
 #[test]

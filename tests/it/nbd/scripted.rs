@@ -8,9 +8,15 @@ use tokio::{
 pub(crate) const READ: u16 = 0;
 pub(crate) const DISCONNECT: u16 = 2;
 pub(crate) const STATUS: u16 = 7;
+pub(crate) const TRIM: u16 = 4;
 /// Ids of the contexts.
 pub(crate) const ALLOCATION: u32 = 5;
 pub(crate) const BITMAP: u32 = 6;
+
+/// Flags of an export: it has flags, is read-only, and can be asked not to fragment.
+const READ_ONLY: u16 = 1 | 1 << 1 | 1 << 7;
+/// The same of one that takes discards.
+pub(crate) const TAKES_TRIMS: u16 = 1 | 1 << 5 | 1 << 7;
 
 /// A request of the client.
 #[derive(Debug, Clone, Copy)]
@@ -50,6 +56,12 @@ impl Request {
         self.chunk(true, 0x8001, &[&errno.to_be_bytes()[..], &[0, 2], b"no"].concat())
     }
 
+    /// An answer without content, as QEMU gives it to a discard.
+    pub(crate) fn simple(self, errno: u32) -> Vec<u8> {
+        let head = [0x6744_6698_u32, errno].map(u32::to_be_bytes).concat();
+        [&head[..], &self.cookie.to_be_bytes()].concat()
+    }
+
     /// A whole, honest answer to a read.
     pub(crate) fn honest(self) -> Vec<u8> {
         let bytes: Vec<u8> = (self.offset..self.offset + self.length).map(content).collect();
@@ -80,10 +92,19 @@ pub(crate) fn content(offset: u64) -> u8 {
 
 /// Serves one client that reads an export of `size` bytes; `script` gets each request and says what to send. `None`
 /// closes the connection.
-pub(crate) fn serve(size: u64, mut script: impl FnMut(Request) -> Option<Vec<u8>> + Send + 'static) -> UnixStream {
+pub(crate) fn serve(size: u64, script: impl FnMut(Request) -> Option<Vec<u8>> + Send + 'static) -> UnixStream {
+    serve_as(size, READ_ONLY, script)
+}
+
+/// The same with other flags of the export.
+pub(crate) fn serve_as(
+    size: u64,
+    flags: u16,
+    mut script: impl FnMut(Request) -> Option<Vec<u8>> + Send + 'static,
+) -> UnixStream {
     let (client, mut server) = UnixStream::pair().unwrap();
     tokio::spawn(async move {
-        if handshake(&mut server, size).await.is_none() {
+        if handshake_as(&mut server, size, flags).await.is_none() {
             return;
         }
         while let Some(request) = receive(&mut server).await {
@@ -154,8 +175,7 @@ pub(crate) fn honest_option(option: u32, data: &[u8], size: u64) -> Vec<u8> {
         7 => {
             let mut info = vec![0, 0];
             info.extend(size.to_be_bytes());
-            // It has flags, is read-only, and can be asked not to fragment.
-            info.extend((1_u16 | 1 << 1 | 1 << 7).to_be_bytes());
+            info.extend(READ_ONLY.to_be_bytes());
             let blocks = [&[0, 3][..], &[1_u32, 4096, 32 << 20].map(u32::to_be_bytes).concat()].concat();
             [option_reply(7, 3, &info), option_reply(7, 3, &blocks), option_reply(7, 1, b"")].concat()
         }
@@ -165,10 +185,19 @@ pub(crate) fn honest_option(option: u32, data: &[u8], size: u64) -> Vec<u8> {
 
 /// The whole honest handshake.
 pub(crate) async fn handshake(server: &mut UnixStream, size: u64) -> Option<()> {
+    handshake_as(server, size, READ_ONLY).await
+}
+
+async fn handshake_as(server: &mut UnixStream, size: u64, flags: u16) -> Option<()> {
     greet(server).await?;
     loop {
         let (option, data) = next_option(server).await?;
-        server.write_all(&honest_option(option, &data, size)).await.ok()?;
+        let mut reply = honest_option(option, &data, size);
+        if option == 7 {
+            // Behind the head of the reply, its kind, and the size.
+            reply[30..32].copy_from_slice(&flags.to_be_bytes());
+        }
+        server.write_all(&reply).await.ok()?;
         if option == 7 {
             return Some(());
         }

@@ -140,9 +140,8 @@ impl Looks {
                     "apiVersion": "v1", "kind": "Binding", "metadata": {"name": pod.name_any()},
                     "target": {"apiVersion": "v1", "kind": "Node", "name": self.node},
                 });
-                let body = serde_json::to_vec(&binding).expect("JSON");
                 let created: Result<serde_json::Value, _> =
-                    api.create_subresource("binding", &pod.name_any(), &Default::default(), body).await;
+                    api.create_subresource("binding", &pod.name_any(), &Default::default(), &binding).await;
                 drop(created);
             } else if spec.node_name.as_deref() == Some(&self.node)
                 && phase == "Pending"
@@ -196,7 +195,8 @@ impl Looks {
         }
         let all: Api<Pod> = Api::all(client.clone());
         for (uid, status, termination) in ended {
-            let found = all.list(&ListParams::default()).await?.into_iter().find(|pod| pod.uid().as_ref() == Some(&uid));
+            let found =
+                all.list(&ListParams::default()).await?.into_iter().find(|pod| pod.uid().as_ref() == Some(&uid));
             if let Some(pod) = found {
                 let message = std::fs::read_to_string(&termination).unwrap_or_default();
                 let code = status.code().unwrap_or(137);
@@ -264,9 +264,8 @@ async fn report(api: &Api<Pod>, pod: &Pod, phase: &str, state: &serde_json::Valu
 }
 
 /// A client with the credentials of a file.
-pub(crate) async fn client(kubeconfig: &Path) -> Client {
+pub(super) async fn client(kubeconfig: &Path) -> Client {
     let file = Kubeconfig::read_from(kubeconfig).expect("a kubeconfig");
     let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.expect("a kubeconfig");
     Client::try_from(config).expect("a client")
 }
-

@@ -75,12 +75,10 @@ impl Launcher {
         let instance_uid = instance["metadata"]["uid"].as_str().expect("a UID").to_owned();
         let pod_name = format!("virt-launcher-{name}-{}", &instance_uid[..5]);
         admin.apply(&pod(namespace, &pod_name, name, &instance_uid, node.name()).to_string());
-        let pod_uid = admin.get(&["-n", namespace, "pod", &pod_name])["metadata"]["uid"].as_str().expect("a UID").to_owned();
-        let runtime = node
-            .directory()
-            .join("pods")
-            .join(&pod_uid)
-            .join("volumes/kubernetes.io~empty-dir/libvirt-runtime");
+        let pod_uid =
+            admin.get(&["-n", namespace, "pod", &pod_name])["metadata"]["uid"].as_str().expect("a UID").to_owned();
+        let runtime =
+            node.directory().join("pods").join(&pod_uid).join("volumes/kubernetes.io~empty-dir/libvirt-runtime");
         let daemon = LibvirtDaemon::start_in(&runtime);
         let domain = format!("{namespace}_{name}");
         let drives: Vec<Disk> = disks.iter().map(|disk| drive(&daemon, disk)).collect();
@@ -148,7 +146,8 @@ impl Launcher {
     /// What of ours is in QEMU: nodes, jobs, exports, as `virsh qemu-monitor-command` tells.
     pub(crate) fn leftovers(&self) -> Vec<String> {
         let ask = |command: &str| {
-            let text = self.daemon.virsh(&["qemu-monitor-command", &self.domain(), &json!({"execute": command}).to_string()]);
+            let text =
+                self.daemon.virsh(&["qemu-monitor-command", &self.domain(), &json!({"execute": command}).to_string()]);
             serde_json::from_str::<Value>(&text).expect("JSON")["return"].clone()
         };
         let strings = |value: Value, field: &str| -> Vec<String> {

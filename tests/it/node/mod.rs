@@ -10,7 +10,7 @@ mod kubelet;
 mod launcher;
 mod pod;
 
-pub(crate) use kubelet::{Kubelet, client};
+pub(crate) use kubelet::Kubelet;
 pub(crate) use launcher::{Launcher, VmDisk};
 
 use crate::{bed::process, cluster::Cluster};

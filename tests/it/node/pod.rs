@@ -107,11 +107,7 @@ pub(super) struct Container {
 
 impl Container {
     /// The first container of a pod.
-    pub(super) async fn new(
-        client: &Client,
-        pod: &Pod,
-        volumes: &BTreeMap<String, Mounted>,
-    ) -> Result<Self, String> {
+    pub(super) async fn new(client: &Client, pod: &Pod, volumes: &BTreeMap<String, Mounted>) -> Result<Self, String> {
         let spec = pod.spec.clone().unwrap_or_default();
         let container = spec.containers.first().cloned().unwrap_or_default();
         let mut arguments = container.command.clone().unwrap_or_default();
@@ -164,11 +160,7 @@ fn mounts(container: &ContainerSpec, volumes: &BTreeMap<String, Mounted>) -> Res
     Ok(arguments)
 }
 
-async fn environment(
-    client: &Client,
-    pod: &Pod,
-    container: &ContainerSpec,
-) -> Result<Vec<(String, String)>, String> {
+async fn environment(client: &Client, pod: &Pod, container: &ContainerSpec) -> Result<Vec<(String, String)>, String> {
     let mut environment = Vec::new();
     for variable in container.env.iter().flatten() {
         if let Some(value) = &variable.value {
