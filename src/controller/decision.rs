@@ -502,5 +502,6 @@ fn after_run(facts: &Facts<'_>, status: &VirtualMachineBackupStatus, run: &Run) 
 }
 
 #[cfg(test)]
+#[allow(clippy::needless_pass_by_value, reason = "tables read better so")]
 #[path = "decision_tests.rs"]
 mod tests;

@@ -22,6 +22,7 @@ struct Case {
     mover_for: u64,
 }
 
+#[allow(clippy::unnecessary_wraps, reason = "as the facts have it")]
 fn mover(state: MoverState) -> Option<MoverFact> {
     Some(MoverFact { uid: "m-uid".into(), foreign: false, deleting: false, node: Some("node-a".into()), state })
 }
