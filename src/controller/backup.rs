@@ -154,7 +154,7 @@ impl Look<'_> {
     async fn act(&self, decision: Decision, mover: Option<&MoverFact>) -> Result<Action, ControllerError> {
         let (backup, second) = (self.backup, self.second());
         match decision {
-            Decision::Wait { phase, reason, message, again } => self.wait(phase, reason, &message, again).await,
+            Decision::Wait { phase, reason, message, again } => self.wait(phase, &reason, &message, again).await,
             Decision::Start(place) => self.start(&place).await,
             Decision::CreateMover(place) => start::create_mover(self, &place).await,
             Decision::Assign { node, place } => start::assign(self, node, &place, mover).await,

@@ -9,7 +9,7 @@ use super::{
     index::{Index, Key, is_finished, key_of},
     leader::Writer,
     machine::{Machine, UNREADABLE},
-    metrics::ControllerMetrics,
+    metrics::{ControllerMetrics, VmLabels},
     mover_pod::{ANNOTATION_REPOSITORY, COMPONENT, CONTAINER, LABEL_NAME, MoverImage, NAME},
     sightings::Sightings,
     target::{self, Candidate, Target},
@@ -37,6 +37,7 @@ use kube::{
         watcher,
     },
 };
+use serde::de::DeserializeOwned;
 use std::{
     collections::HashSet,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -199,7 +200,19 @@ impl Context {
     ) -> Self {
         let (index, sightings) = (Arc::new(Index::default()), Arc::new(Sightings::default()));
         let admission = Arc::new(Mutex::new(Admission::new(settings.max_backups_per_node)));
-        let stores = watch_all(&client, &index, &sightings, &admission, &metrics, &wakes, tasks);
+        let mut watches = Watches { client: &client, index: &index, wakes: &wakes, tasks };
+        let on_backup = on_backup(Arc::clone(&index), Arc::clone(&sightings), Arc::clone(&admission));
+        let backups = Watch { what: "VirtualMachineBackup", slim: slim_backup, unreadable: skip };
+        let stores = Stores {
+            backups: watches.all(backups, watcher::Config::default(), on_backup),
+            repositories: watches.repositories(),
+            cluster_repositories: watches.cluster_repositories(),
+            pods: watches.pods(),
+            vms: watches.vms(&metrics),
+            instances: watches.instances(),
+            migrations: watches.migrations(),
+            namespaces: watches.namespaces(),
+        };
         let image = MoverImage {
             image: settings.image.clone(),
             pull_policy: settings.image_pull_policy.clone(),
@@ -402,163 +415,112 @@ pub(super) fn mover_fact(pod: &Pod, foreign: bool) -> MoverFact {
     }
 }
 
-/// Starts all watches.
-fn watch_all(
-    client: &Client,
-    index: &Arc<Index>,
-    sightings: &Arc<Sightings>,
-    admission: &Arc<Mutex<Admission>>,
-    metrics: &ControllerMetrics,
-    wakes: &Wakes,
-    tasks: &mut JoinSet<()>,
-) -> Stores {
-    let wake = || {
-        let wakes = wakes.clone();
-        move |wake| wakes.wake(wake)
-    };
-    let all = watcher::Config::default;
-    let ours = all().labels(&format!("{LABEL_NAME}={NAME},{LABEL_COMPONENT}={COMPONENT}"));
-    let backups = Watch { what: "VirtualMachineBackup", slim: slim_backup, unreadable: skip };
-    let pods = Watch { what: "Pod", slim: slim_pod, unreadable: skip };
-    let vms = Watch {
-        what: "VirtualMachine",
-        slim: slim_vm,
-        unreadable: |metadata, error| {
-            Some(VirtualMachine { metadata: marked(metadata, error), ..VirtualMachine::default() })
-        },
-    };
-    let instances = Watch {
-        what: "VirtualMachineInstance",
-        slim: slim_instance,
-        unreadable: |metadata, error| {
+/// What watches are started with.
+struct Watches<'a> {
+    client: &'a Client,
+    index: &'a Arc<Index>,
+    wakes: &'a Wakes,
+    tasks: &'a mut JoinSet<()>,
+}
+
+impl Watches<'_> {
+    /// Watches a kind in all namespaces. `on` says whom an event is of interest to.
+    fn all<K>(
+        &mut self,
+        watch: Watch<K>,
+        config: watcher::Config,
+        on: impl FnMut(Seen<'_, K>) -> Vec<Wake> + Send + 'static,
+    ) -> Store<K>
+    where
+        K: kube::Resource<DynamicType = ()> + Clone + std::fmt::Debug + DeserializeOwned + Send + Sync + 'static,
+    {
+        let wakes = self.wakes.clone();
+        follow(self.tasks, Api::all(self.client.clone()), config, watch, on, move |wake| wakes.wake(wake))
+    }
+
+    fn pods(&mut self) -> Store<Pod> {
+        let index = Arc::clone(self.index);
+        let ours = watcher::Config::default().labels(&format!("{LABEL_NAME}={NAME},{LABEL_COMPONENT}={COMPONENT}"));
+        self.all(Watch { what: "Pod", slim: slim_pod, unreadable: skip }, ours, move |seen| match seen {
+            Seen::There(pod) | Seen::Gone(pod) => pod_wakes(&index, pod),
+            _ => Vec::new(),
+        })
+    }
+
+    fn vms(&mut self, metrics: &ControllerMetrics) -> Store<VirtualMachine> {
+        let (index, last_success) = (Arc::clone(self.index), metrics.last_success.clone());
+        let unreadable =
+            |metadata, error| Some(VirtualMachine { metadata: marked(metadata, error), ..VirtualMachine::default() });
+        let watch = Watch { what: "VirtualMachine", slim: slim_vm, unreadable };
+        self.all(watch, watcher::Config::default(), move |seen| match seen {
+            Seen::There(vm) => backup_wakes(index.of_vm(&key_of(&vm.metadata))),
+            Seen::Gone(vm) => {
+                let (namespace, vm) = key_of(&vm.metadata);
+                last_success.remove(&VmLabels { namespace: namespace.clone(), vm: vm.clone() });
+                backup_wakes(index.of_vm(&(namespace, vm)))
+            }
+            _ => Vec::new(),
+        })
+    }
+
+    fn instances(&mut self) -> Store<VirtualMachineInstance> {
+        let index = Arc::clone(self.index);
+        let unreadable = |metadata, error| {
             Some(VirtualMachineInstance { metadata: marked(metadata, error), ..VirtualMachineInstance::default() })
-        },
-    };
-    let migrations = Watch {
-        what: "VirtualMachineInstanceMigration",
-        slim: |migration: &mut VirtualMachineInstanceMigration| slim_metadata(&mut migration.metadata),
-        unreadable: skip,
-    };
-    let repositories = Watch {
-        what: "BackupRepository",
-        slim: |repository: &mut BackupRepository| slim_metadata(&mut repository.metadata),
-        unreadable: skip,
-    };
-    let cluster_repositories = Watch {
-        what: "ClusterBackupRepository",
-        slim: |repository: &mut ClusterBackupRepository| slim_metadata(&mut repository.metadata),
-        unreadable: skip,
-    };
-    let namespaces = Watch {
-        what: "Namespace",
-        slim: |namespace: &mut PartialObjectMeta<Namespace>| slim_metadata(&mut namespace.metadata),
-        unreadable: skip,
-    };
-    let by = |index: &Arc<Index>| Arc::clone(index);
-    let (of_vm, of_instance, of_pod) = (by(index), by(index), by(index));
-    let (of_migration, of_repository, of_cluster) = (by(index), by(index), by(index));
-    let last_success = metrics.last_success.clone();
-    Stores {
-        backups: follow(
-            tasks,
-            Api::all(client.clone()),
-            all(),
-            backups,
-            on_backup(by(index), Arc::clone(sightings), Arc::clone(admission)),
-            wake(),
-        ),
-        pods: follow(
-            tasks,
-            Api::all(client.clone()),
-            ours,
-            pods,
-            move |seen| match seen {
-                Seen::There(pod) | Seen::Gone(pod) => pod_wakes(&of_pod, pod),
-                _ => Vec::new(),
-            },
-            wake(),
-        ),
-        vms: follow(
-            tasks,
-            Api::all(client.clone()),
-            all(),
-            vms,
-            move |seen| match seen {
-                Seen::There(vm) => backup_wakes(of_vm.of_vm(&key_of(&vm.metadata))),
-                Seen::Gone(vm) => {
-                    let (namespace, name) = key_of(&vm.metadata);
-                    last_success.remove(&super::metrics::VmLabels { namespace: namespace.clone(), vm: name.clone() });
-                    backup_wakes(of_vm.of_vm(&(namespace, name)))
-                }
-                _ => Vec::new(),
-            },
-            wake(),
-        ),
-        instances: follow(
-            tasks,
-            Api::all(client.clone()),
-            all(),
-            instances,
-            move |seen| match seen {
-                Seen::There(vmi) | Seen::Gone(vmi) => backup_wakes(of_instance.of_vm(&key_of(&vmi.metadata))),
-                _ => Vec::new(),
-            },
-            wake(),
-        ),
-        migrations: follow(
-            tasks,
-            Api::all(client.clone()),
-            all(),
-            migrations,
-            move |seen| match seen {
-                Seen::Restarted => {
-                    of_migration.forget_migrations();
-                    Vec::new()
-                }
-                Seen::There(migration) => {
-                    backup_wakes(of_migration.of_vm(&of_migration.note_migration(migration, false)))
-                }
-                Seen::Gone(migration) => {
-                    backup_wakes(of_migration.of_vm(&of_migration.note_migration(migration, true)))
-                }
-                Seen::Synced => Vec::new(),
-            },
-            wake(),
-        ),
-        repositories: follow(
-            tasks,
-            Api::all(client.clone()),
-            all(),
-            repositories,
-            move |seen| match seen {
-                Seen::There(repository) | Seen::Gone(repository) => {
-                    let key = key_of(&repository.metadata);
-                    let mut wakes =
-                        backup_wakes(of_repository.of_repository(&format!("BackupRepository {}/{}", key.0, key.1)));
-                    wakes.push(Wake::Repository(key));
-                    wakes
-                }
-                _ => Vec::new(),
-            },
-            wake(),
-        ),
-        cluster_repositories: follow(
-            tasks,
-            Api::all(client.clone()),
-            all(),
-            cluster_repositories,
-            move |seen| match seen {
-                Seen::There(repository) | Seen::Gone(repository) => {
-                    let (_, name) = key_of(&repository.metadata);
-                    let mut wakes = backup_wakes(of_cluster.of_repository(&format!("ClusterBackupRepository {name}")));
-                    wakes.push(Wake::ClusterRepository(name));
-                    wakes
-                }
-                _ => Vec::new(),
-            },
-            wake(),
-        ),
-        namespaces: follow(tasks, Api::all(client.clone()), all(), namespaces, |_| Vec::new(), wake()),
+        };
+        let watch = Watch { what: "VirtualMachineInstance", slim: slim_instance, unreadable };
+        self.all(watch, watcher::Config::default(), move |seen| match seen {
+            Seen::There(vmi) | Seen::Gone(vmi) => backup_wakes(index.of_vm(&key_of(&vmi.metadata))),
+            _ => Vec::new(),
+        })
+    }
+
+    fn migrations(&mut self) -> Store<VirtualMachineInstanceMigration> {
+        let index = Arc::clone(self.index);
+        let slim = |migration: &mut VirtualMachineInstanceMigration| slim_metadata(&mut migration.metadata);
+        let watch = Watch { what: "VirtualMachineInstanceMigration", slim, unreadable: skip };
+        self.all(watch, watcher::Config::default(), move |seen| match seen {
+            Seen::Restarted => {
+                index.forget_migrations();
+                Vec::new()
+            }
+            Seen::There(migration) => backup_wakes(index.of_vm(&index.note_migration(migration, false))),
+            Seen::Gone(migration) => backup_wakes(index.of_vm(&index.note_migration(migration, true))),
+            Seen::Synced => Vec::new(),
+        })
+    }
+
+    fn repositories(&mut self) -> Store<BackupRepository> {
+        let index = Arc::clone(self.index);
+        let slim = |repository: &mut BackupRepository| slim_metadata(&mut repository.metadata);
+        let watch = Watch { what: "BackupRepository", slim, unreadable: skip };
+        self.all(watch, watcher::Config::default(), move |seen| match seen {
+            Seen::There(repository) | Seen::Gone(repository) => {
+                let key = key_of(&repository.metadata);
+                let of_it = index.of_repository(&format!("BackupRepository {}/{}", key.0, key.1));
+                backup_wakes(of_it).into_iter().chain([Wake::Repository(key)]).collect()
+            }
+            _ => Vec::new(),
+        })
+    }
+
+    fn cluster_repositories(&mut self) -> Store<ClusterBackupRepository> {
+        let index = Arc::clone(self.index);
+        let slim = |repository: &mut ClusterBackupRepository| slim_metadata(&mut repository.metadata);
+        let watch = Watch { what: "ClusterBackupRepository", slim, unreadable: skip };
+        self.all(watch, watcher::Config::default(), move |seen| match seen {
+            Seen::There(repository) | Seen::Gone(repository) => {
+                let (_, name) = key_of(&repository.metadata);
+                let of_it = index.of_repository(&format!("ClusterBackupRepository {name}"));
+                backup_wakes(of_it).into_iter().chain([Wake::ClusterRepository(name)]).collect()
+            }
+            _ => Vec::new(),
+        })
+    }
+
+    fn namespaces(&mut self) -> Store<PartialObjectMeta<Namespace>> {
+        let slim = |namespace: &mut PartialObjectMeta<Namespace>| slim_metadata(&mut namespace.metadata);
+        self.all(Watch { what: "Namespace", slim, unreadable: skip }, watcher::Config::default(), |_| Vec::new())
     }
 }
 
@@ -602,5 +564,6 @@ fn on_backup(
 }
 
 #[cfg(test)]
+#[allow(clippy::needless_pass_by_value, reason = "tables read better so")]
 #[path = "context_tests.rs"]
 mod tests;

@@ -100,7 +100,7 @@ pub(super) enum Decision {
         /// Phase to show.
         phase: BackupPhase,
         /// Stable word.
-        reason: &'static str,
+        reason: String,
         /// For people.
         message: String,
         /// When to look again.
@@ -232,20 +232,23 @@ fn between(facts: &Facts<'_>, status: &VirtualMachineBackupStatus) -> Decision {
     if let Some((reason, message)) = stop(facts) {
         return Decision::Fail { reason: reason.into(), message };
     }
-    if let Some(mover) = facts.mover.filter(|mover| !mover.foreign) {
-        if !mover.deleting {
-            return Decision::DeleteMover;
-        }
-        let node = mover.node.as_deref().unwrap_or("no node yet");
-        let message = format!("the mover of attempt {} has to end first ({node})", status.attempts.unwrap_or(0));
-        return pending(facts, reason::OLD_MOVER, message, Duration::from_secs(30));
+    let mover = facts.mover.filter(|mover| !mover.foreign);
+    if mover.is_some_and(|mover| !mover.deleting) {
+        return Decision::DeleteMover;
     }
     if let Some(after) = status.retry_after.as_ref()
         && facts.now < after.0
     {
-        let message = status.message.clone().unwrap_or_default();
+        // Why the last attempt ended is what people want to know.
+        let (reason, message) = (status.reason.as_deref().unwrap_or("Unknown"), status.message.clone());
         let again = since(facts.now, after.0) + Duration::from_millis(50);
-        return pending(facts, known_reason(status), message, again);
+        return pending(facts, reason, message.unwrap_or_default(), again);
+    }
+    if let Some(mover) = mover {
+        let node = mover.node.as_deref().map_or(String::new(), |node| format!(", which the kubelet of {node} sees to"));
+        let attempts = status.attempts.unwrap_or(0);
+        let message = format!("the mover of attempt {attempts} has to end first{node}");
+        return pending(facts, reason::OLD_MOVER, message, Duration::from_secs(30));
     }
     let created = facts.backup.metadata.creation_timestamp.as_ref().map_or(facts.now, |time| time.0);
     let refused = |obstacle: Obstacle| {
@@ -269,30 +272,13 @@ fn between(facts: &Facts<'_>, status: &VirtualMachineBackupStatus) -> Decision {
     }
 }
 
-/// The reason of a status as one of our constants: it was written by us.
-fn known_reason(status: &VirtualMachineBackupStatus) -> &'static str {
-    match status.reason.as_deref() {
-        Some(reason::MIGRATING) => reason::MIGRATING,
-        Some(reason::EVACUATING) => reason::EVACUATING,
-        Some(reason::LAUNCHER_TERMINATING) => reason::LAUNCHER_TERMINATING,
-        Some(reason::AGENT_RESTARTED) => reason::AGENT_RESTARTED,
-        Some(reason::MOVER_LOST) => reason::MOVER_LOST,
-        Some(reason::AGENT_LOST) => reason::AGENT_LOST,
-        Some(reason::AGENT_NOT_RESPONDING) => reason::AGENT_NOT_RESPONDING,
-        Some(reason::VM_CHANGED) => reason::VM_CHANGED,
-        Some(reason::VM_STARTED) => reason::VM_STARTED,
-        Some(reason::MOVER_NOT_STARTED) => reason::MOVER_NOT_STARTED,
-        _ => reason::BACKING_OFF,
-    }
-}
-
 /// Waits, and looks at the deadline in time.
-fn wait(facts: &Facts<'_>, phase: BackupPhase, reason: &'static str, message: String, again: Duration) -> Decision {
+fn wait(facts: &Facts<'_>, phase: BackupPhase, reason: &str, message: String, again: Duration) -> Decision {
     let left = since(facts.now, deadline(facts.backup)) + Duration::from_millis(50);
-    Decision::Wait { phase, reason, message, again: again.min(left) }
+    Decision::Wait { phase, reason: reason.into(), message, again: again.min(left) }
 }
 
-fn pending(facts: &Facts<'_>, reason: &'static str, message: String, again: Duration) -> Decision {
+fn pending(facts: &Facts<'_>, reason: &str, message: String, again: Duration) -> Decision {
     wait(facts, BackupPhase::Pending, reason, message, again)
 }
 
@@ -430,7 +416,7 @@ fn assigned(
         }
         let again = UNDO.saturating_sub(facts.silence) + Duration::from_millis(50);
         let message = abort.message.clone();
-        return Decision::Wait { phase: phase(run), reason: reason::ABORTING, message, again };
+        return Decision::Wait { phase: phase(run), reason: reason::ABORTING.into(), message, again };
     }
     if let Some(run) = terminal {
         return after_run(facts, status, run);
@@ -516,5 +502,6 @@ fn after_run(facts: &Facts<'_>, status: &VirtualMachineBackupStatus, run: &Run) 
 }
 
 #[cfg(test)]
+#[allow(clippy::needless_pass_by_value, reason = "tables read better so")]
 #[path = "decision_tests.rs"]
 mod tests;

@@ -22,6 +22,7 @@ struct Case {
     mover_for: u64,
 }
 
+#[allow(clippy::unnecessary_wraps, reason = "as the facts have it")]
 fn mover(state: MoverState) -> Option<MoverFact> {
     Some(MoverFact { uid: "m-uid".into(), foreign: false, deleting: false, node: Some("node-a".into()), state })
 }
@@ -208,7 +209,8 @@ fn between_attempts() {
     check(vec![
         ("the old mover has to go", over(mover(MoverState::Running), 59), "delete"),
         ("even one that ended", over(mover(MoverState::Ended(None)), 99), "delete"),
-        ("it goes", over(deleting(MoverState::Running), 99), "wait Pending OldMoverTerminating"),
+        ("it goes", over(deleting(MoverState::Running), 59), "wait Pending Migrating"),
+        ("it does not go", over(deleting(MoverState::Running), 99), "wait Pending OldMoverTerminating"),
         ("it had committed", over(deleting(committed()), 99), "complete"),
         ("the pause", over(None, 59), "wait Pending Migrating"),
         ("after the pause", over(None, 60), "start node-a"),

@@ -14,7 +14,7 @@ const FORMAT: u32 = 1;
 /// What a VM refers to, by name, all in its own namespace.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct References {
-    /// ControllerRevisions of instance type and preference.
+    /// Controller revisions of instance type and preference.
     pub(super) revisions: BTreeSet<String>,
     /// Claims, also those of data volumes.
     pub(super) claims: BTreeSet<String>,
@@ -126,6 +126,7 @@ pub(super) fn document(
 }
 
 #[cfg(test)]
+#[allow(clippy::needless_pass_by_value, reason = "tables read better so")]
 mod tests {
     use super::*;
 

@@ -70,7 +70,7 @@ pub(super) async fn step(look: &Look<'_>) -> Result<Action, ControllerError> {
     if look.has_finalizer() != wanted && !(wanted && look.is_deleted()) {
         write::finalizer(context, backup, wanted).await?;
     }
-    if left == Leftover::None {
+    if left == Leftover::None && !look.is_deleted() {
         context.sightings.forget(&look.uid);
     }
     Ok(match left {
@@ -83,6 +83,10 @@ pub(super) async fn step(look: &Look<'_>) -> Result<Action, ControllerError> {
 /// Has the stored data forgotten. `None`: it is, or nobody can; otherwise when to look again.
 async fn forget(look: &Look<'_>) -> Result<Option<Duration>, ControllerError> {
     let (context, backup) = (look.context, look.backup);
+    if context.sightings.ago(&look.uid, "forgotten").is_some() {
+        // The watch has not told yet that pod and finalizer are gone: not another pod, which nobody would remove.
+        return Ok(None);
+    }
     let name = names::forget(&look.namespace, &look.name, &look.uid);
     let namespace = context.mover_namespace(backup);
     let Some(pod) = context.pod_of_backup(backup, &name) else {
@@ -96,6 +100,7 @@ async fn forget(look: &Look<'_>) -> Result<Option<Duration>, ControllerError> {
         look.tell(event::FORGOTTEN, "Forget", "the stored data is forgotten; the next prune frees its space").await;
         // Before the finalizer: after a crash in between, what is forgotten is forgotten again.
         write::delete_pod(context, &namespace, &name, &pod.uid).await?;
+        context.sightings.note(&look.uid, "forgotten");
         return Ok(None);
     }
     let shown = context.sightings.since(&look.uid, "forget", pod.uid.clone());

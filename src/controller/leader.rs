@@ -156,7 +156,7 @@ impl Election {
         self.health.beat();
         let (unready, led) = match result {
             Ok(Ok(true)) => {
-                self.leadership.set(Some(sent + LEASE - MARGIN));
+                self.leadership.set(Some(sent + LEASE.saturating_sub(MARGIN)));
                 (None, Some(true))
             }
             Ok(Ok(false)) => (None, Some(false)),

@@ -194,6 +194,7 @@ pub(super) fn offline_claims(
 }
 
 #[cfg(test)]
+#[allow(clippy::needless_pass_by_value, reason = "tables read better so")]
 pub(super) mod samples {
     //! A VM that can be backed up.
 
@@ -220,6 +221,7 @@ pub(super) mod samples {
 }
 
 #[cfg(test)]
+#[allow(clippy::needless_pass_by_value, reason = "tables read better so")]
 mod tests {
     use super::{samples::*, *};
     use serde_json::json;

@@ -123,7 +123,7 @@ pub(super) struct MoverPod<'a> {
 /// Volumes of a pod, and where its container has them.
 #[derive(Debug, Default)]
 struct Volumes {
-    volumes: Vec<Value>,
+    sources: Vec<Value>,
     mounts: Vec<Value>,
     devices: Vec<Value>,
 }
@@ -132,7 +132,7 @@ impl Volumes {
     fn mount(&mut self, name: &str, source: Value, path: &str, read_only: bool) {
         let mut volume = source;
         volume["name"] = json!(name);
-        self.volumes.push(volume);
+        self.sources.push(volume);
         self.mounts.push(json!({"name": name, "mountPath": path, "readOnly": read_only}));
     }
 
@@ -190,7 +190,7 @@ pub(super) fn build(pod: &MoverPod<'_>) -> Result<Pod, serde_json::Error> {
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "terminationGracePeriodSeconds": 30,
-        "volumes": volumes.volumes,
+        "volumes": volumes.sources,
     });
     if !pod.image.pull_secrets.is_empty() {
         spec["imagePullSecrets"] = pod.image.pull_secrets.iter().map(|name| json!({"name": name})).collect();
@@ -256,7 +256,7 @@ fn task(task: &PodTask, volumes: &mut Volumes) -> MoverTask {
         if disk.block {
             let mut volume = source;
             volume["name"] = json!(name);
-            volumes.volumes.push(volume);
+            volumes.sources.push(volume);
             volumes.devices.push(json!({"name": name, "devicePath": path}));
         } else {
             volumes.mount(&name, source, &path, true);
@@ -325,5 +325,6 @@ pub(super) fn backup_annotation(namespace: &str, uid: &str) -> (&'static str, St
 }
 
 #[cfg(test)]
+#[allow(clippy::needless_pass_by_value, reason = "tables read better so")]
 #[path = "mover_pod_tests.rs"]
 mod tests;

@@ -22,7 +22,6 @@ pub(super) mod reason {
     pub(crate) const NODE_BUSY: &str = "NodeBusy";
     pub(crate) const REPOSITORY_BUSY: &str = "RepositoryBusy";
     pub(crate) const OLD_MOVER: &str = "OldMoverTerminating";
-    pub(crate) const BACKING_OFF: &str = "BackingOff";
     // What it does.
     pub(crate) const MOVER_STARTING: &str = "MoverStarting";
     pub(crate) const MOVER_REFUSED: &str = "MoverRefused";

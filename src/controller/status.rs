@@ -223,6 +223,7 @@ pub(super) fn failed(backup: &VirtualMachineBackup, reason: &str, message: &str,
 }
 
 #[cfg(test)]
+#[allow(clippy::needless_pass_by_value, reason = "tables read better so")]
 mod tests {
     use super::*;
     use crate::api::find_condition;

@@ -185,6 +185,7 @@ fn meets(requirement: &LabelSelectorRequirement, labels: &BTreeMap<String, Strin
 }
 
 #[cfg(test)]
+#[allow(clippy::needless_pass_by_value, reason = "tables read better so")]
 pub(super) mod samples {
     use super::*;
     use serde_json::{Value, json};
@@ -203,6 +204,7 @@ pub(super) mod samples {
 }
 
 #[cfg(test)]
+#[allow(clippy::needless_pass_by_value, reason = "tables read better so")]
 mod tests {
     use super::{samples::repository, *};
     use serde_json::{Value, json};

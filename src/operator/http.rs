@@ -29,7 +29,7 @@ pub enum ServeError {
 }
 
 impl Reason for ServeError {
-    fn reason(&self) -> &str {
+    fn reason(&self) -> &'static str {
         "CannotListen"
     }
 

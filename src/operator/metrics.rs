@@ -3,7 +3,7 @@
 use prometheus_client::{encoding::text::encode, metrics::info::Info, registry::Registry};
 use std::sync::{Mutex, PoisonError};
 
-/// Content type of OpenMetrics text.
+/// Content type of `OpenMetrics` text.
 pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// The metrics of this process. Their names begin with `virt_fleece_`.
@@ -24,7 +24,7 @@ impl Metrics {
         register(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// All metrics as OpenMetrics text.
+    /// All metrics as `OpenMetrics` text.
     pub fn text(&self) -> String {
         let mut text = String::new();
         // Writing to a string fails only where a metric's own encoder does.

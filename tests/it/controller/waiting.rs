@@ -29,15 +29,15 @@ fn a_backup_waits_for_its_vm_and_its_repository() {
     scene.report("team", "early", 1, "Succeeded", &json!({"backupID": "20261125T010203Z-00ff00ff"}));
     scene.until_assigned("team", "second", 1);
     // A stopped VM's claims are read by the mover.
-    scene.vm("team", "off", "Stopped");
-    scene.backup("team", "offline", "off", &json!({}));
+    scene.vm("team", "idle", "Stopped");
+    scene.backup("team", "offline", "idle", &json!({}));
     let backup = scene.until_assigned("team", "offline", 1);
     assert_eq!(backup["status"]["assignment"].get("launcher"), None);
     let pod = scene.mover("team", "offline");
     let volumes = pod["spec"]["volumes"].as_array().expect("volumes").iter();
     let claims: Vec<_> = volumes.filter_map(|volume| volume.get("persistentVolumeClaim")).collect();
-    assert_eq!(claims, [&json!({"claimName": "off-root", "readOnly": true})]);
-    scene.vm("team", "off", "Starting");
+    assert_eq!(claims, [&json!({"claimName": "idle-root", "readOnly": true})]);
+    scene.vm("team", "idle", "Starting");
     scene.until("team", "offline", "an abort", |s| s["assignment"]["abort"]["reason"] == "VirtualMachineStarted");
 }
 
