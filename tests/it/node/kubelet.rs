@@ -21,11 +21,13 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// Between two looks at the pods.
 const EVERY: Duration = Duration::from_millis(100);
+/// From SIGTERM to SIGKILL; a pod asks for more, a test has less time.
+const GRACE: Duration = Duration::from_secs(3);
 
 /// What all threads of a kubelet share.
 #[derive(Debug, Default)]
@@ -96,7 +98,7 @@ impl Drop for Kubelet {
 struct RunningPod {
     process: Child,
     termination: PathBuf,
-    ending: bool,
+    ending: Option<Instant>,
 }
 
 struct Looks {
@@ -180,7 +182,7 @@ impl Looks {
         let (process, termination) = container.start(&directory);
         let key = (pod.namespace().unwrap_or_default(), pod.name_any());
         self.shared.pids.lock().expect("pids").insert(key, process.id());
-        self.running.insert(uid, RunningPod { process, termination, ending: false });
+        self.running.insert(uid, RunningPod { process, termination, ending: None });
         let state = json!({"running": {"startedAt": jiff::Timestamp::now().to_string()}});
         report(api, pod, "Running", &state).await
     }
@@ -219,11 +221,14 @@ impl Looks {
     async fn end(&mut self, api: &Api<Pod>, pod: &Pod) -> Result<(), kube::Error> {
         let uid = pod.uid().unwrap_or_default();
         if let Some(running) = self.running.get_mut(&uid) {
-            if !running.ending {
-                running.ending = true;
-                let pid = rustix::process::Pid::from_child(&running.process);
-                let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-            }
+            let pid = rustix::process::Pid::from_child(&running.process);
+            let signal = match running.ending {
+                None => rustix::process::Signal::TERM,
+                Some(since) if since.elapsed() > GRACE => rustix::process::Signal::KILL,
+                Some(_) => return Ok(()),
+            };
+            running.ending.get_or_insert_with(Instant::now);
+            let _ = rustix::process::kill_process(pid, signal);
             return Ok(());
         }
         if !is_container_of_ours(pod) {
@@ -242,9 +247,9 @@ impl Looks {
     }
 }
 
-/// Launchers are the tests' own.
+/// Launchers and agents are the tests' own.
 fn is_container_of_ours(pod: &Pod) -> bool {
-    !pod.labels().contains_key("kubevirt.io")
+    pod.labels().get("app.kubernetes.io/component").is_some_and(|component| component == "mover")
 }
 
 fn api_of(client: &Client, pod: &Pod) -> Api<Pod> {

@@ -34,15 +34,15 @@ pub(crate) struct Node {
 }
 
 impl Node {
-    /// Registers a node and starts its kubelet, without an agent. `kubeconfig`: the agent's credentials.
-    pub(crate) fn start(cluster: &Cluster, name: &str, kubeconfig: &Path, takes_all: bool) -> Self {
+    /// Registers a node and starts its kubelet, without an agent. `takes_all`: pods that may run anywhere run here.
+    pub(crate) fn start(cluster: &Cluster, name: &str, takes_all: bool) -> Self {
         // Short, and open to the user of the launchers: sockets lie deep below, and their paths have 107 bytes.
         let directory = tempfile::Builder::new().prefix("vfn").tempdir_in("/tmp").expect("a directory");
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).expect("its rights");
         fs::create_dir(directory.path().join("pods")).expect("the pods' directory");
         cluster.create_node(name);
         let kubelet = Kubelet::start(name, directory.path(), &cluster.kubeconfig(), takes_all);
-        Self { name: name.to_owned(), agent: None, kubelet, kubeconfig: kubeconfig.to_owned(), directory }
+        Self { name: name.to_owned(), agent: None, kubelet, kubeconfig: cluster.kubeconfig(), directory }
     }
 
     /// Its name.
@@ -63,6 +63,11 @@ impl Node {
     /// The kubelet.
     pub(crate) fn kubelet(&self) -> &Kubelet {
         &self.kubelet
+    }
+
+    /// Whom the agent is at the API server.
+    pub(crate) fn set_agent_credentials(&mut self, kubeconfig: &Path) {
+        kubeconfig.clone_into(&mut self.kubeconfig);
     }
 
     /// Starts the agent.

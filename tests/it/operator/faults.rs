@@ -1,7 +1,13 @@
 //! Backups that are cut short: by users, by migrations, by SIGKILL.
 
 use super::{BACKUP_LIMIT, DISKS, Operator, stream};
-use crate::{bed::flavour::Flavour, node::Launcher};
+use crate::{
+    bed::{
+        flavour::Flavour,
+        s3_proxy::{Effect, Fault, Stage},
+    },
+    node::Launcher,
+};
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 

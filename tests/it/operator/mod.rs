@@ -2,11 +2,12 @@
 //! mover, to a real S3 server; the oracle is the bytes of a restore from the repository alone.
 
 mod backups;
+mod demo;
 mod faults;
 
 use crate::{
     bed::{cli::Cli, oracle::Stream, process, s3, s3_proxy::S3Proxy},
-    cluster::{Cluster, Kubectl},
+    cluster::{BoundTo, Cluster, Helm, Kubectl},
     node::{Node, VmDisk},
 };
 use serde_json::{Value, json};
@@ -57,15 +58,16 @@ impl Operator {
         let proxy = S3Proxy::start(s3.address());
         let cluster = Cluster::start();
         cluster.install_kubevirt();
-        let definitions = Path::new(env!("CARGO_MANIFEST_DIR")).join("crds");
-        let admin = cluster.admin();
-        admin.run(["apply", "--server-side", "-f", definitions.to_str().expect("a path")]);
-        admin.run(["wait", "--for=condition=Established", "--timeout=30s", "crd", "--all"]);
         cluster.create_namespace(OPERATOR);
+        // Definitions, rights and admission policies are those that users get.
+        let chart = Path::new(env!("CARGO_MANIFEST_DIR")).join("charts/virt-fleece").display().to_string();
+        let install = ["install", OPERATOR, &chart, "--namespace", OPERATOR];
+        cluster.admin().helm(Helm::Four, install).unwrap_or_else(|error| panic!("helm install: {error}"));
+        cluster.admin().run(["wait", "--for=condition=Established", "--timeout=30s", "crd", "--all"]);
         let mut operator = Self { controllers: Vec::new(), nodes: Vec::new(), cluster, proxy, s3, directory };
         for (number, name) in nodes.iter().enumerate() {
-            let kubeconfig = operator.cluster.kubeconfig();
-            let mut node = Node::start(&operator.cluster, name, &kubeconfig, number == 0);
+            let mut node = Node::start(&operator.cluster, name, number == 0);
+            node.set_agent_credentials(agent_credentials(&operator.cluster, name).kubeconfig());
             node.start_agent();
             operator.nodes.push(node);
         }
@@ -82,7 +84,8 @@ impl Operator {
     pub(super) fn start_controller(&mut self, identity: &str) {
         let path = self.controller_log_path();
         let log = fs::File::options().create(true).append(true).open(path).expect("a log");
-        let kubeconfig = self.cluster.kubeconfig();
+        let token = self.admin().token(OPERATOR, "virt-fleece-controller", None);
+        let kubeconfig = self.cluster.bearer(&token).kubeconfig().to_owned();
         let controller = process::spawn_tethered(|command| {
             command.arg(env!("CARGO_BIN_EXE_virt-fleece")).args(["controller", "-v", "--namespace", OPERATOR]);
             command.args(["--identity", identity, "--image", "virt-fleece:test", "--listen", "127.0.0.1:0"]);
@@ -232,6 +235,20 @@ impl Operator {
         restore.arg("--output").arg(to.path()).run().success();
         DISKS.iter().map(|disk| fs::read(to.path().join(format!("{}.raw", disk.name))).expect("restored")).collect()
     }
+}
+
+/// What the agent of a node has: the token of its service account, bound to its pod, which says the node.
+fn agent_credentials(cluster: &Cluster, node: &str) -> Kubectl {
+    let name = format!("virt-fleece-agent-{node}");
+    let pod = json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": OPERATOR},
+        "spec": {
+            "nodeName": node, "serviceAccountName": "virt-fleece-agent",
+            "containers": [{"name": "agent", "image": "virt-fleece"}],
+        },
+    });
+    cluster.admin().apply(&pod.to_string());
+    cluster.bearer(&cluster.admin().token(OPERATOR, "virt-fleece-agent", Some(BoundTo::Pod(&name))))
 }
 
 impl Drop for Operator {
