@@ -11,7 +11,7 @@ mod launcher;
 mod pod;
 
 pub(crate) use kubelet::Kubelet;
-pub(crate) use launcher::{Launcher, VmDisk};
+pub(crate) use launcher::{Launcher, VmDisk, create_vm};
 
 use crate::{bed::process, cluster::Cluster};
 use std::{

@@ -4,6 +4,7 @@
 mod backups;
 mod demo;
 mod faults;
+mod more;
 
 use crate::{
     bed::{cli::Cli, oracle::Stream, process, s3, s3_proxy::S3Proxy},
