@@ -39,8 +39,9 @@ async fn clean_up_one(config: &AgentConfig, kubelet: &KubeletDirectory, launcher
         forget(config, launcher);
         return Ok(());
     };
-    // `NAMESPACE/NAME`: the name of the VM in the repository.
-    let (namespace, name) = leftover.begin.vm.split_once('/').unwrap_or(("", &leftover.begin.vm));
+    // The name of the VM at its target: `NAMESPACE/NAME` in a repository, `NAMESPACE.NAME` in a directory of images. A
+    // namespace has neither character in its own name.
+    let (namespace, name) = leftover.begin.vm.split_once(['/', '.']).unwrap_or(("", &leftover.begin.vm));
     let (mut connection, _socket) = connect_vm(config, kubelet, launcher, namespace, name).await?;
     let _lock = connection.lock(Duration::ZERO).await?;
     clean_up(&mut connection).await.map(drop)

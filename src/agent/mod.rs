@@ -4,19 +4,19 @@
 //! away runs go on, and end. Nothing in a VM depends on this process: what it leaves when it is killed is undone by the
 //! next one ([`Agent::recover`]), and the guest runs meanwhile.
 
-mod agent;
 mod config;
 mod kubelet;
 mod leftovers;
 mod metrics;
+mod node;
 mod orders;
 mod police;
 mod publish;
 mod report;
 mod work;
 
-pub use agent::{Agent, AgentError};
 pub use config::AgentConfig;
 pub use kubelet::{KubeletDirectory, KubeletError, PodSocket};
+pub use node::{Agent, AgentError};
 pub use orders::{Order, decide};
 pub use report::Ending;

@@ -101,8 +101,8 @@ pub(super) async fn carry_out(
         }
     };
     let result = match &work.assignment.launcher {
-        Some(launcher) => online(config, client, work, launcher, &namespace, status, told).await,
-        None => offline(config, client, work, &namespace, status, told).await,
+        Some(launcher) => Box::pin(online(config, client, work, launcher, &namespace, status, told)).await,
+        None => Box::pin(offline(config, client, work, &namespace, status, told)).await,
     };
     match result {
         Ok(backup) => {

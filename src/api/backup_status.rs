@@ -36,7 +36,8 @@ pub struct VirtualMachineBackupStatus {
     /// Id of the backup in its repository or directory, once it is complete: for `virt-fleece restore --backup`.
     #[serde(default, rename = "backupID", skip_serializing_if = "Option::is_none")]
     pub backup_id: Option<String>,
-    /// Name of the VM in the repository: for `virt-fleece restore --vm`.
+    /// Name of the VM at its target, for `virt-fleece restore --vm`: NAMESPACE/NAME in a repository, NAMESPACE.NAME in a
+    /// directory of images.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub repository_vm: Option<String>,
     /// When it was complete or had failed for good.
@@ -108,7 +109,7 @@ pub struct Assignment {
     /// UID of the VirtualMachine: a new VM of the same name is another one.
     #[serde(rename = "virtualMachineUID")]
     pub virtual_machine_uid: String,
-    /// Name of the VM in the repository, `NAMESPACE/NAME`.
+    /// Name of the VM at its target: `NAMESPACE/NAME` in a repository, `NAMESPACE.NAME` in a directory of images.
     pub repository_vm: String,
     /// The running VM; none when it is stopped, and the mover reads its claims.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -59,6 +59,6 @@ pub(super) async fn run(args: AgentArgs) -> Result<ExitCode, CliError> {
     let client = serving::client().await?;
     let served = serving::start("agent", args.listen, PATIENCE).await?;
     let (agent, endings) = Agent::new(config, client, &served.metrics, served.health)?;
-    agent.run(endings, serving::shutdown()?).await;
+    Box::pin(agent.run(endings, serving::shutdown()?)).await;
     Ok(ExitCode::SUCCESS)
 }

@@ -58,11 +58,11 @@ impl CliError {
         match self {
             Self::Run(RunError::Unreachable(_)) => 3,
             Self::Run(RunError::Mover(failure)) => failure.exit_code,
-            Self::Run(RunError::NoName) => 2,
             Self::Image(ImageError::Interrupted) | Self::Repository(RepositoryError::Interrupted) => 130,
             Self::Image(error) if error.is_integrity() => 5,
             Self::Repository(error) if error.is_integrity() => 5,
             Self::Usage(_)
+            | Self::Run(RunError::NoName)
             | Self::Repository(
                 RepositoryError::BadUrl { .. } | RepositoryError::Invalid(_) | RepositoryError::WrongPassphrase { .. },
             ) => 2,

@@ -74,7 +74,7 @@ enum Command {
     Recover(recover::RecoverArgs),
     /// Run the operator's controller in a cluster
     Controller(controller::ControllerArgs),
-    /// Carry out the backups of a node's VMs (in the operator's DaemonSet)
+    /// Carry out the backups of a node's VMs (in the operator's `DaemonSet`)
     Agent(Box<agent::AgentArgs>),
     /// Store what an agent reads (in a pod that the operator's controller makes)
     Mover(mover::MoverArgs),

@@ -39,9 +39,11 @@ struct Material {
     offline: Result<Vec<OfflineClaim>, super::machine::Obstacle>,
 }
 
-/// The name of a VM in its repository.
+/// Name of the VM at the target. A directory of images has it as the name of a directory, where no slash can be; a
+/// namespace has no dot.
 fn repository_vm(look: &Look<'_>) -> String {
-    format!("{}/{}", look.namespace, look.backup.spec.source.name)
+    let separator = if look.backup.spec.target.is_some() { '.' } else { '/' };
+    format!("{}{separator}{}", look.namespace, look.backup.spec.source.name)
 }
 
 /// Makes the mover pod. One that is there already was made by us before a crash, or is not ours.

@@ -98,6 +98,7 @@ impl Disks {
     }
 
     /// Sets volumes aside of which the caller knows that they cannot be backed up, and why.
+    #[must_use]
     pub fn without(mut self, unsuitable: &[SkippedDevice]) -> Self {
         let reason = |name: &str| unsuitable.iter().find(|device| device.name == name);
         let (kept, dropped): (Vec<_>, Vec<_>) =

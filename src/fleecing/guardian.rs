@@ -169,7 +169,7 @@ pub fn run(libvirt: Option<&(PathBuf, String)>) -> io::Result<()> {
                 {
                     // The daemon may have been restarted, with another socket in the old place.
                     let by_held = held.as_ref().map(|(_, path)| release_through_libvirt(path, domain, frozen, stopped));
-                    if !by_held.is_some_and(|released| released.is_ok()) {
+                    if by_held.is_none_or(|released| released.is_err()) {
                         release_through_libvirt(socket, domain, frozen, stopped)?;
                     }
                 }

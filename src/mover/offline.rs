@@ -130,7 +130,7 @@ mod tests {
         let mut image = File::create(directory.path().join(DISK_IMAGE)).unwrap();
         let size = (5 << 20) + 4096;
         image.set_len(size).unwrap();
-        image.write_all_at(&[7; 100_000], 1_234_567).unwrap();
+        image.write_all_at(&vec![7; 100_000], 1_234_567).unwrap();
         image.write_all_at(&[8; 4096], size - 4096).unwrap();
         image.flush().unwrap();
         let file = open(&volume(directory.path())).unwrap();

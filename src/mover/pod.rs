@@ -47,9 +47,9 @@ impl BackupTask {
     async fn run(self, target: MoverTarget) -> Result<MoverOutcome, MoverError> {
         let definition = self.definition_file.as_deref().map(read_definition).transpose()?;
         let access = access(target)?;
-        let stream = match accept(Path::new(&self.socket), Duration::from_secs(self.wait_seconds)).await? {
-            Some(stream) => stream,
-            None => return Ok(MoverOutcome::Abandoned { message: "no agent came".into() }),
+        let limit = Duration::from_secs(self.wait_seconds);
+        let Some(stream) = accept(Path::new(&self.socket), limit).await? else {
+            return Ok(MoverOutcome::Abandoned { message: "no agent came".into() });
         };
         let settings = MoverSettings {
             vm: Some(self.vm),

@@ -52,12 +52,11 @@ impl Workbench {
         if object.len() < HEADER + content.len() + TAG {
             object.resize(HEADER + content.len() + TAG, 0);
         }
-        let sealed = match chunk::compress(content, level, compressor, &mut object[HEADER..]) {
-            Some(length) => &mut object[..HEADER + length + TAG],
-            None => {
-                plain.resize(plain.len() + TAG, 0);
-                &mut plain[OBJECT..]
-            }
+        let sealed = if let Some(length) = chunk::compress(content, level, compressor, &mut object[HEADER..]) {
+            &mut object[..HEADER + length + TAG]
+        } else {
+            plain.resize(plain.len() + TAG, 0);
+            &mut plain[OBJECT..]
         };
         repository.chunks().seal_in_place(id.as_bytes(), sealed)?;
         Ok(sealed)

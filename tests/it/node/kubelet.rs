@@ -8,7 +8,7 @@ use super::pod::{Container, volumes};
 use k8s_openapi::api::core::v1::Pod;
 use kube::{
     Api, Client, Config, ResourceExt,
-    api::{DeleteParams, ListParams, Patch, PatchParams, Preconditions},
+    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions},
     config::{KubeConfigOptions, Kubeconfig},
 };
 use serde_json::json;
@@ -143,7 +143,7 @@ impl Looks {
                     "target": {"apiVersion": "v1", "kind": "Node", "name": self.node},
                 });
                 let created: Result<serde_json::Value, _> =
-                    api.create_subresource("binding", &pod.name_any(), &Default::default(), &binding).await;
+                    api.create_subresource("binding", &pod.name_any(), &PostParams::default(), &binding).await;
                 drop(created);
             } else if spec.node_name.as_deref() == Some(&self.node)
                 && phase == "Pending"

@@ -183,6 +183,9 @@ pub(crate) fn create_vm(admin: &Kubectl, namespace: &str, name: &str, disks: &[V
         })
         .to_string(),
     );
+    if strategy == "Halted" {
+        admin.patch_status(&["-n", namespace, "vm", name], &json!({"created": false, "printableStatus": "Stopped"}));
+    }
 }
 
 fn drive(daemon: &LibvirtDaemon, disk: &VmDisk) -> Disk {

@@ -111,10 +111,10 @@ impl Operator {
     pub(super) fn logs(&self) -> String {
         let mut text = format!("== controller\n{}", fs::read_to_string(self.controller_log_path()).unwrap_or_default());
         for node in &self.nodes {
-            text += &format!("== agent of {}\n{}", node.name(), node.agent_log());
+            text.extend(["== agent of ", node.name(), "\n", &node.agent_log()]);
             for pod in fs::read_dir(node.directory().join("pods")).into_iter().flatten().flatten() {
                 let uid = pod.file_name().into_string().unwrap_or_default();
-                text += &format!("== pod {uid}\n{}", node.pod_log(&uid));
+                text.extend(["== pod ", &uid, "\n", &node.pod_log(&uid)]);
             }
         }
         text

@@ -20,7 +20,7 @@ fn a_stopped_vm_is_backed_up_from_its_claims() {
         fs::create_dir(&path).expect("a claim");
         let image = fs::File::create(path.join("disk.img")).expect("a disk");
         image.set_len(disk.size).expect("its size");
-        image.write_all_at(&[7; 300_000], 1_000_000).expect("some content");
+        image.write_all_at(&vec![7; 300_000], 1_000_000).expect("some content");
         image.write_all_at(&[9; 512], disk.size - 512).expect("some content");
         operator.nodes[0].kubelet().claim("prod", &claim, &path);
         operator.admin().apply(
@@ -128,7 +128,7 @@ fn images_on_a_claim_are_read_by_qemu_img_alone() {
     );
     operator.complete("prod", "images");
     let to = tempfile::tempdir().expect("a directory");
-    Cli::new(["restore", "--vm", "prod/web", "--qcow2-dir"])
+    Cli::new(["restore", "--vm", "prod.web", "--qcow2-dir"])
         .arg(directory.path())
         .arg("--output")
         .arg(to.path())

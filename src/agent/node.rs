@@ -251,7 +251,8 @@ impl Agent {
             );
             let uid = subject.uid.clone();
             let work = Work { backup, assignment, fleece_limit };
-            tracing::Instrument::instrument(one_run(config, client, api, subject, work, stops, metrics), span).await;
+            let run = Box::pin(one_run(config, client, api, subject, work, stops, metrics));
+            tracing::Instrument::instrument(run, span).await;
             let _ = ended.send(uid);
         });
     }
@@ -300,7 +301,7 @@ async fn one_run(
     let (status, shown) = watch::channel(RunStatus::default());
     let (ending, ended) = watch::channel(None);
     let telling = tokio::spawn(tracing::Instrument::in_current_span(publish(api, subject, shown, ended)));
-    let how = carry_out(&config, &client, &work, &status, stops).await;
+    let how = Box::pin(carry_out(&config, &client, &work, &status, stops)).await;
     metrics.ended(&how, &status.borrow(), begun.elapsed());
     ending.send_replace(Some(how));
     // The room is free for the next run although the API server may be away for long.
