@@ -189,6 +189,12 @@ mod tests {
         (root, directory, volume)
     }
 
+    /// Listens in a directory whose path is too long for the address of a socket.
+    fn listen(directory: &Path, name: &str) -> UnixListener {
+        let held = std::fs::File::open(directory).unwrap();
+        UnixListener::bind(format!("/proc/self/fd/{}/{name}", held.as_raw_fd())).unwrap()
+    }
+
     fn open(directory: &KubeletDirectory) -> Result<PodSocket, KubeletError> {
         directory.socket(POD, "libvirt-runtime", "virtqemud-sock")
     }
@@ -197,11 +203,11 @@ mod tests {
     async fn a_socket_is_found_and_stays_the_one_that_was_looked_at() {
         let (_root, directory, volume) = node();
         let path = volume.join("virtqemud-sock");
-        let listener = UnixListener::bind(&path).unwrap();
+        let listener = listen(&volume, "virtqemud-sock");
         let socket = open(&directory).unwrap();
         // Swapped behind our back: the connection goes to the inode that was checked.
         std::fs::rename(&path, volume.join("elsewhere")).unwrap();
-        let other = UnixListener::bind(&path).unwrap();
+        let other = listen(&volume, "virtqemud-sock");
         other.set_nonblocking(true).unwrap();
         let _stream = socket.connect().await.unwrap();
         listener.accept().unwrap();
@@ -213,7 +219,7 @@ mod tests {
         let (root, directory, volume) = node();
         let outside = root.path().join("outside");
         std::fs::create_dir(&outside).unwrap();
-        let _listener = UnixListener::bind(outside.join("virtqemud-sock")).unwrap();
+        let _listener = listen(&outside, "virtqemud-sock");
         symlink(outside.join("virtqemud-sock"), volume.join("virtqemud-sock")).unwrap();
         assert!(matches!(open(&directory), Err(KubeletError::NoSocket { .. } | KubeletError::Open { .. })));
         std::fs::remove_dir_all(&volume).unwrap();
@@ -262,7 +268,7 @@ mod tests {
     async fn a_process_outside_the_pod_is_not_believed() {
         let (root, _, volume) = node();
         let directory = KubeletDirectory::new(root.path().to_owned(), true);
-        let _listener = UnixListener::bind(volume.join("virtqemud-sock")).unwrap();
+        let _listener = listen(&volume, "virtqemud-sock");
         let socket = open(&directory).unwrap();
         assert!(matches!(socket.connect().await, Err(KubeletError::Foreign { .. })));
     }

@@ -5,7 +5,9 @@ use rustix::process::{Pid, setpriority_process};
 /// Lowers the priority of all threads of this process, and of those that they start later. Linux keeps it per thread
 /// (setpriority(2), "C library/kernel differences"). Best effort: what cannot be lowered stays.
 pub(super) fn lower(nice: i32) {
-    for thread in std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten() {
+    // Twice: while threads end, a list of them may leave others out.
+    let threads = || std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+    for thread in (0..2).flat_map(|_| threads()) {
         let id = thread.file_name().to_str().and_then(|id| id.parse().ok()).and_then(Pid::from_raw);
         if id.is_some() && setpriority_process(id, nice).is_err() {
             tracing::debug!(?id, "the priority of a thread could not be lowered");
