@@ -52,12 +52,12 @@ impl Workbench {
         if object.len() < HEADER + content.len() + TAG {
             object.resize(HEADER + content.len() + TAG, 0);
         }
-        let sealed = match chunk::compress(content, level, compressor, &mut object[HEADER..]) {
-            Some(length) => &mut object[..HEADER + length + TAG],
-            None => {
-                plain.resize(plain.len() + TAG, 0);
-                &mut plain[OBJECT..]
-            }
+        let compressed = chunk::compress(content, level, compressor, &mut object[HEADER..]);
+        let sealed = if let Some(length) = compressed {
+            &mut object[..HEADER + length + TAG]
+        } else {
+            plain.resize(plain.len() + TAG, 0);
+            &mut plain[OBJECT..]
         };
         repository.chunks().seal_in_place(id.as_bytes(), sealed)?;
         Ok(sealed)
