@@ -72,16 +72,20 @@ fn failed(attempt: &'static str, name: &str, error: std::io::Error) -> Repositor
     RepositoryError::storage(attempt, name)(object_store::Error::Generic { store: "directory", source: error.into() })
 }
 
+/// How often a directory is made that is missing: somebody else may make it, or remove it, at the same time.
+const MAKINGS: u32 = 3;
+
 /// A new file beside an object, with a name that no list shows: `NAME#DIGITS`, as `object_store` names them.
 pub(super) fn stage(path: &Path) -> std::io::Result<(File, PathBuf)> {
-    let mut number = 1_u32;
+    let (mut number, mut makings) = (1_u32, 0);
     loop {
         let mut staging = path.as_os_str().to_owned();
         staging.push(format!("#{number}"));
         match OpenOptions::new().write(true).create_new(true).open(&staging) {
             Ok(file) => return Ok((file, staging.into())),
             Err(error) if error.kind() == ErrorKind::AlreadyExists => number += 1,
-            Err(error) if error.kind() == ErrorKind::NotFound && !path.parent().is_none_or(Path::exists) => {
+            Err(error) if error.kind() == ErrorKind::NotFound && makings < MAKINGS => {
+                makings += 1;
                 fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
             }
             Err(error) => return Err(error),
@@ -111,5 +115,23 @@ mod tests {
         assert!(matches!(objects.read("chunks/ab/abcd", 5, &mut buffer), Err(RepositoryError::Damaged { .. })));
         assert!(matches!(objects.read("chunks/ab/none", 5, &mut buffer), Err(RepositoryError::Damaged { .. })));
         assert_eq!(fs::read_dir(directory.path().join("chunks/ab")).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn a_directory_that_several_need_at_once_is_made() {
+        let directory = tempfile::tempdir().unwrap();
+        let objects = ObjectDirectory::new(directory.path().to_owned());
+        for round in 0..200 {
+            let start = std::sync::Barrier::new(8);
+            std::thread::scope(|scope| {
+                for thread in 0..8 {
+                    let (objects, start) = (&objects, &start);
+                    scope.spawn(move || {
+                        start.wait();
+                        objects.put(&format!("chunks/{round}/{thread}"), b"content").unwrap();
+                    });
+                }
+            });
+        }
     }
 }

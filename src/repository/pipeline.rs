@@ -37,7 +37,6 @@ const MAX_WORKERS: u64 = 8;
 /// What all volumes of a backup share.
 pub struct ChunkPipeline {
     session: Arc<RepositorySession>,
-    runtime: Handle,
     /// Chunks under way.
     in_flight: Arc<Semaphore>,
     limit: u32,
@@ -85,7 +84,7 @@ struct Job {
 }
 
 impl ChunkPipeline {
-    /// For a session. `level` is zstd's, 0 does not compress. To be called within the runtime.
+    /// For a session. `level` is zstd's, 0 does not compress.
     pub fn new(session: Arc<RepositorySession>, level: i32) -> Arc<Self> {
         let most = (IN_FLIGHT_BYTES / session.repository().chunk_size()).clamp(4, MAX_IN_FLIGHT);
         let processors = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
@@ -102,7 +101,6 @@ impl ChunkPipeline {
             };
             Self {
                 session,
-                runtime: Handle::current(),
                 in_flight: Arc::new(Semaphore::new(limit as usize)),
                 limit,
                 processors: Semaphore::new(processors),
@@ -118,9 +116,9 @@ impl ChunkPipeline {
         self.session.repository()
     }
 
-    /// The runtime that it belongs to.
+    /// The session's runtime.
     pub(super) fn runtime(&self) -> &Handle {
-        &self.runtime
+        self.session.runtime()
     }
 
     /// Stores content unless the repository has it, at some time. `known`: this id is stored for certain. Blocks until
@@ -132,20 +130,20 @@ impl ChunkPipeline {
         counters: &Arc<Counters>,
         outcome: impl Outcome,
     ) -> Result<(), RepositoryError> {
-        let place = self.runtime.block_on(Arc::clone(&self.in_flight).acquire_owned());
+        let place = self.runtime().block_on(Arc::clone(&self.in_flight).acquire_owned());
         let place = place.map_err(|_| RepositoryError::WorkerDied)?;
         let counters = Arc::clone(counters);
         let job = Job { pieces, known, counters, outcome: Box::new(outcome), _place: place };
         if let Some(workers) = &self.workers {
             return workers.add(job).map_err(RepositoryError::local("start a thread"));
         }
-        self.runtime.spawn(Arc::clone(self).store_there(job));
+        self.runtime().spawn(Arc::clone(self).store_there(job));
         Ok(())
     }
 
     /// Waits for all that was dispatched.
     pub(super) fn drain(&self) -> Result<(), RepositoryError> {
-        let all = self.runtime.block_on(self.in_flight.acquire_many(self.limit));
+        let all = self.runtime().block_on(self.in_flight.acquire_many(self.limit));
         all.map(drop).map_err(|_| RepositoryError::WorkerDied)
     }
 
@@ -158,7 +156,7 @@ impl ChunkPipeline {
         let pieces = vec![content.into()];
         match self.repository().storage().objects() {
             Some(objects) => self.put_if_missing(objects, pieces, None, counters),
-            None => self.runtime.block_on(self.store(pieces, None, counters)),
+            None => self.runtime().block_on(self.store(pieces, None, counters)),
         }
     }
 
@@ -186,8 +184,10 @@ impl ChunkPipeline {
             return Ok(id);
         };
         counters.data_bytes.fetch_add(length, Ordering::Relaxed);
-        let Some(_transit) = self.transit(id, known) else { return Ok(id) };
-        if self.session.is_missing(id).await? {
+        let transit = self.transit(id, known);
+        if transit.is_none() || !self.session.is_missing(id).await? {
+            self.workbenches.give(workbench);
+        } else {
             let sealed = self.work(move |this| this.sealed(workbench, id)).await??;
             counters.new_bytes.fetch_add(length, Ordering::Relaxed);
             counters.stored_bytes.fetch_add(sealed.len() as u64, Ordering::Relaxed);
@@ -250,7 +250,7 @@ impl ChunkPipeline {
         known: Option<ChunkId>,
         counters: &Counters,
     ) -> Result<ChunkId, RepositoryError> {
-        let processor = self.runtime.block_on(self.processors.acquire());
+        let processor = self.runtime().block_on(self.processors.acquire());
         let length = pieces.iter().map(|piece| piece.len() as u64).sum();
         let (id, workbench) = self.name(&pieces);
         drop(pieces);
@@ -279,7 +279,7 @@ impl ChunkPipeline {
         // Not on this thread: it may outlive the runtime.
         let (sender, missing) = oneshot::channel();
         let session = Arc::clone(&self.session);
-        self.runtime.spawn(async move { sender.send(session.is_missing(id).await) });
+        self.runtime().spawn(async move { sender.send(session.is_missing(id).await) });
         missing.blocking_recv().map_err(|_| RepositoryError::WorkerDied)?
     }
 }

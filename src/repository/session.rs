@@ -78,6 +78,7 @@ pub struct RepositorySession {
     pub(super) repository: Arc<Repository>,
     pub(super) inner: Arc<Inner>,
     heartbeat: tokio::task::JoinHandle<()>,
+    runtime: tokio::runtime::Handle,
 }
 
 #[derive(Debug)]
@@ -144,13 +145,18 @@ impl RepositorySession {
                 }
             }
         });
-        Ok(Self { repository, inner, heartbeat })
+        Ok(Self { repository, inner, heartbeat, runtime: tokio::runtime::Handle::current() })
     }
 
     /// Name of its object.
     #[cfg(test)]
     pub(super) fn name(&self) -> &str {
         &self.inner.name
+    }
+
+    /// The runtime that it was started in.
+    pub(super) fn runtime(&self) -> &tokio::runtime::Handle {
+        &self.runtime
     }
 
     /// The repository.

@@ -52,7 +52,8 @@ impl Workbench {
         if object.len() < HEADER + content.len() + TAG {
             object.resize(HEADER + content.len() + TAG, 0);
         }
-        let sealed = if let Some(length) = chunk::compress(content, level, compressor, &mut object[HEADER..]) {
+        let compressed = chunk::compress(content, level, compressor, &mut object[HEADER..]);
+        let sealed = if let Some(length) = compressed {
             &mut object[..HEADER + length + TAG]
         } else {
             plain.resize(plain.len() + TAG, 0);
